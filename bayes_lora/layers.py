@@ -1,0 +1,152 @@
+r"""One linear layer with one low-rank adapter, gated and quantized.
+
+For input x (..., in), frozen weight W (out, in), adapter A (R, in), e (R,), B (out, R),
+component weights g (R,) and quantizers Q, one a tensor,
+
+    y = Q(W) Q(x) + (alpha / R) Q(B) ( Q(e) * g * Q( Q(A) Q(x) ) ) + bias.
+
+The layer owns the frozen weight and the ranges of its quantizers, nothing else. A, e, B, the
+gates and the level weights are latents: they are lent to the layer for one forward pass.
+
+Sources: Hu et al., arXiv 2106.09685 (adapters); Zhang et al., arXiv 2303.10512 (A, e, B);
+Meo et al., arXiv 2406.13046 (gates on rank and bits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from bayes_lora.gates import level_bits
+from bayes_lora.quantization import (
+    Mixture,
+    gaussian_limits,
+    quantize_mixture,
+    searched_limits,
+)
+
+TENSORS = ("weight", "A", "e", "B", "input", "hidden")
+"""The tensors of an adapted layer that can be quantized, in the order of `bit_gate`."""
+
+
+@dataclass(frozen=True)
+class LayerLatents:
+    """What one adapted layer is lent for one forward pass.
+
+    Attributes
+    ----------
+    lora_A : Tensor
+        Shape (R, in).
+    lora_e : Tensor
+        Shape (R,).
+    lora_B : Tensor
+        Shape (out, R).
+    component_weights : Tensor or None
+        Weights g of the components, shape (R,); None leaves all components on.
+    mixtures : mapping of str to Mixture
+        How each tensor of `TENSORS` is quantized; a tensor that is absent is not.
+    """
+
+    lora_A: Tensor
+    lora_e: Tensor
+    lora_B: Tensor
+    component_weights: Tensor | None = None
+    mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer that applies the adapter it is lent.
+
+    Without latents it is the plain linear layer.
+
+    Parameters
+    ----------
+    base : nn.Linear
+        The pretrained layer; its parameters are kept, frozen.
+    scaling : float
+        alpha / R.
+    num_levels : int
+        Bit gates a tensor, K: ranges are kept for K + 1 levels.
+
+    Attributes
+    ----------
+    weight_limits : Tensor
+        Ranges of the frozen weight, one an output row: shape (K + 1, out, 1).
+    input_limits, hidden_limits : Tensor
+        Ranges of the activations, one a tensor: shape (K + 1,). Until `calibrate` has seen
+        activations they are infinite, and quantizing is an error.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = AdaptedLinear(torch.nn.Linear(3, 2), scaling=2.0, num_levels=3)
+    >>> x = torch.ones(1, 3)
+    >>> plain = layer(x)
+    >>> A, e, B = torch.ones(1, 3), torch.ones(1), torch.ones(2, 1)
+    >>> layer.latents = LayerLatents(A, e, B)
+    >>> (layer(x) - plain).detach().round(decimals=4)
+    tensor([[6., 6.]])
+    """
+
+    weight_limits: Tensor
+    input_limits: Tensor
+    hidden_limits: Tensor
+
+    def __init__(self, base: nn.Linear, scaling: float, num_levels: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = scaling
+        self.bits = level_bits(num_levels)
+        self.latents: LayerLatents | None = None
+        levels, device = num_levels + 1, base.weight.device
+        unknown = torch.full((levels,), torch.inf, device=device)
+        self.register_buffer("weight_limits", unknown[:, None, None].repeat(1, len(base.weight), 1))
+        self.register_buffer("input_limits", unknown)
+        self.register_buffer("hidden_limits", unknown.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        latents = self.latents
+        if latents is None:
+            return self.base(x)
+        A, e, B = latents.lora_A, latents.lora_e, latents.lora_B
+        weight = self.base.weight
+        mixtures = latents.mixtures
+        if "input" in mixtures:
+            x = quantize_mixture(x, self.input_limits, mixtures["input"])
+        if "weight" in mixtures:
+            weight = quantize_mixture(weight, self.weight_limits, mixtures["weight"])
+        if "A" in mixtures:
+            A = quantize_mixture(A, gaussian_limits(A, (1,), self.bits), mixtures["A"])
+        if "e" in mixtures:
+            e = quantize_mixture(e, gaussian_limits(e, (0,), self.bits), mixtures["e"])
+        if "B" in mixtures:
+            B = quantize_mixture(B, gaussian_limits(B, (0,), self.bits), mixtures["B"])
+        hidden = linear(x, A)
+        if "hidden" in mixtures:
+            hidden = quantize_mixture(hidden, self.hidden_limits, mixtures["hidden"])
+        gain = self.scaling * e
+        if latents.component_weights is not None:
+            gain = gain * latents.component_weights
+        return linear(x, weight, self.base.bias) + linear(hidden * gain, B)
+
+    @torch.no_grad()
+    def calibrate(self, inputs: Tensor, lora_A: Tensor) -> None:
+        """Set every range to the one of least squared error.
+
+        Parameters
+        ----------
+        inputs : Tensor
+            A sample of this layer's inputs, shape (tokens, in).
+        lora_A : Tensor
+            The adapter's first matrix, shape (R, in), from which the hidden sample follows.
+        """
+        hidden = linear(inputs, lora_A)
+        if self.weight_limits.isinf().any():  # frozen: once is enough
+            self.weight_limits.copy_(searched_limits(self.base.weight, (1,), self.bits))
+        self.input_limits.copy_(searched_limits(inputs, (0, 1), self.bits).flatten())
+        self.hidden_limits.copy_(searched_limits(hidden, (0, 1), self.bits).flatten())

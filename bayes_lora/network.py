@@ -1,0 +1,278 @@
+r"""Adapters in any transformers model, and the model as a function of (batch, latents).
+
+The latents are few and wide, one tensor a kind with a layer axis:
+
+    adapter_weights (P,)        A, e and B of all layers, one after the other, in one vector
+    rank_gate       (L, R)      z of every component
+    bit_gate        (L, T, K)   z of every level of every quantized tensor
+
+`AdaptedNetwork.unpack` is the one place where they are cut into per-layer views, and where
+their shapes are checked: a gate of a wrong shape would broadcast in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bayes_lora.errors import InputError
+from bayes_lora.gates import GateStructure, level_bits, level_weights, nested
+from bayes_lora.layers import TENSORS, AdaptedLinear, LayerLatents
+from bayes_lora.quantization import Mixture
+from bayes_lora.targets import LayerSpec, freeze_all_but_head, linear_layers, select_targets
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One draw of the latent variables of the whole network.
+
+    Attributes
+    ----------
+    adapter_weights : Tensor
+        Shape (P,).
+    rank_gate : Tensor or None
+        Shape (L, R), in [0, 1]; None keeps every component.
+    bit_gate : Tensor or None
+        Shape (L, T, K), in [0, 1]; None quantizes nothing.
+    """
+
+    adapter_weights: Tensor
+    rank_gate: Tensor | None = None
+    bit_gate: Tensor | None = None
+
+
+class AdaptedNetwork(nn.Module):
+    """A pretrained network with an adapter on every target layer, and a trainable head.
+
+    All parameters of the backbone are frozen but those of its head: what lies outside
+    `backbone.base_model`, and the pooler.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        A transformers model with `base_model`. Its target layers are replaced in place.
+    rank : int
+        Components an adapter has at most, R >= 1.
+    alpha : float
+        Scale of the adapters; their output is multiplied by alpha / R.
+    target_modules : str
+        `all-linear`: every linear layer inside the encoder's repeated blocks. Otherwise a
+        regular expression that must match a layer's whole path in the backbone.
+    quantized_tensors : sequence of str
+        Which of `TENSORS` have bit gates, T of them.
+    num_levels : int
+        Bit gates a tensor, K: widths 2, 4, ..., 2^(K+1).
+    structure : {nested, independent}
+        How rank gates weigh components.
+
+    Raises
+    ------
+    InputError
+        If the rank is below one, a quantized tensor is unknown, or no layer matches.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(vocab_size=99, hidden_size=8, num_hidden_layers=2,
+    ...                     num_attention_heads=2, intermediate_size=16)
+    >>> network = AdaptedNetwork(BertForSequenceClassification(config), rank=4)
+    >>> len(network.specs), network.rank_gate_shape, network.bit_gate_shape
+    (12, (12, 4), (12, 6, 3))
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: str = "all-linear",
+        quantized_tensors: Sequence[str] = TENSORS,
+        num_levels: int = 3,
+        structure: GateStructure = nested,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise InputError(f"rank is {rank}: give at least 1")
+        if unknown := set(quantized_tensors) - set(TENSORS):
+            raise InputError(f"no such tensor: {sorted(unknown)}; there are {', '.join(TENSORS)}")
+        self.rank, self.alpha, self.num_levels, self.structure = rank, alpha, num_levels, structure
+        self.quantized_tensors = tuple(t for t in TENSORS if t in quantized_tensors)
+        inside = linear_layers(backbone)
+        targets = select_targets(backbone, target_modules)
+        self.frozen_macs = sum(m.weight.numel() for p, m in inside.items() if p not in targets)
+        freeze_all_but_head(backbone)
+        self.backbone = backbone
+        self.specs: list[LayerSpec] = []
+        self._layers: list[AdaptedLinear] = []
+        for path, linear in targets.items():
+            layer = AdaptedLinear(linear, alpha / rank, num_levels)
+            backbone.set_submodule(path, layer)
+            self._layers.append(layer)
+            self.specs.append(LayerSpec(path, linear.in_features, linear.out_features))
+
+    @property
+    def num_adapter_weights(self) -> int:
+        """Length P of the flat vector `adapter_weights`."""
+        return sum(spec.num_weights(self.rank) for spec in self.specs)
+
+    @property
+    def rank_gate_shape(self) -> tuple[int, int]:
+        """Shape (L, R) of `rank_gate`."""
+        return len(self.specs), self.rank
+
+    @property
+    def bit_gate_shape(self) -> tuple[int, int, int]:
+        """Shape (L, T, K) of `bit_gate`."""
+        return len(self.specs), len(self.quantized_tensors), self.num_levels
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bit widths that the levels choose from."""
+        return level_bits(self.num_levels)
+
+    def initial_adapter_weights(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw A as LoRA does (uniform within 1 / sqrt(in)); e is one and B is zero.
+
+        Returns
+        -------
+        Tensor
+            The flat vector, shape (P,): the adapted network then equals the pretrained one.
+        """
+        parts: list[Tensor] = []
+        for spec in self.specs:
+            A = torch.rand(self.rank, spec.in_features, generator=generator)
+            parts += [(2 * A - 1).flatten() / math.sqrt(spec.in_features)]
+            parts += [torch.ones(self.rank), torch.zeros(spec.out_features * self.rank)]
+        return torch.cat(parts)
+
+    def unpack(self, latents: Latents) -> list[LayerLatents]:
+        """Cut the wide latents into per-layer views.
+
+        Returns
+        -------
+        list of LayerLatents
+            One a layer, in the order of `specs`.
+
+        Raises
+        ------
+        ValueError
+            If a latent has another shape than this network's.
+        """
+        _check_shape("adapter_weights", latents.adapter_weights, (self.num_adapter_weights,))
+        factors = self.split_weights(latents.adapter_weights)
+        weights: Sequence[Tensor | None] = [None] * len(self.specs)
+        if latents.rank_gate is not None:
+            _check_shape("rank_gate", latents.rank_gate, self.rank_gate_shape)
+            weights = self.structure(latents.rank_gate).unbind()
+        mixtures: Sequence[dict[str, Mixture]] = [{} for _ in self.specs]
+        if latents.bit_gate is not None:
+            _check_shape("bit_gate", latents.bit_gate, self.bit_gate_shape)
+            mixtures = self._mixtures(latents.bit_gate)
+        return [
+            LayerLatents(*f, component_weights=w, mixtures=m)
+            for f, w, m in zip(factors, weights, mixtures, strict=True)
+        ]
+
+    def split_weights(self, adapter_weights: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views of A (R, in), e (R,) and B (out, R) of every layer in the flat vector (P,)."""
+        sizes: list[int] = []
+        for spec in self.specs:
+            sizes += [self.rank * spec.in_features, self.rank, spec.out_features * self.rank]
+        flat = iter(adapter_weights.split(sizes))
+        return [
+            (next(flat).view(self.rank, -1), next(flat), next(flat).view(-1, self.rank))
+            for _ in self.specs
+        ]
+
+    def _mixtures(self, bit_gate: Tensor) -> list[dict[str, Mixture]]:
+        weights = level_weights(bit_gate)
+        on_host = (weights > 0).tolist()  # the one synchronisation of a step
+        return [
+            {
+                tensor: Mixture(w, tuple(i for i, on in enumerate(flags) if on))
+                for tensor, w, flags in zip(
+                    self.quantized_tensors, layer_weights.unbind(), layer_flags, strict=True
+                )
+            }
+            for layer_weights, layer_flags in zip(weights.unbind(), on_host, strict=True)
+        ]
+
+    def forward(self, batch: Batch, latents: Latents) -> Tensor:
+        """Run the network with one draw of the latents.
+
+        Parameters
+        ----------
+        batch : mapping of str to Tensor
+            The backbone's keyword arguments.
+        latents : Latents
+            The draw; nothing of it is kept.
+
+        Returns
+        -------
+        Tensor
+            Logits, or predicted values, in float32: shape (batch, classes).
+        """
+        with self._lend(self.unpack(latents)):
+            return self.backbone(**batch).logits.float()
+
+    @contextmanager
+    def _lend(self, latents: Iterable[LayerLatents]) -> Iterator[None]:
+        try:
+            for layer, mine in zip(self._layers, latents, strict=True):
+                layer.latents = mine
+            yield
+        finally:
+            for layer in self._layers:
+                layer.latents = None
+
+    @torch.no_grad()
+    def calibrate(
+        self, batches: Iterable[Batch], adapter_weights: Tensor, tokens_per_batch: int = 64
+    ) -> None:
+        """Set the ranges of all quantizers from activations of the unquantized network.
+
+        Parameters
+        ----------
+        batches : iterable of mapping of str to Tensor
+            A few batches of training data.
+        adapter_weights : Tensor
+            Flat vector, shape (P,).
+        tokens_per_batch : int
+            Tokens of every batch, padding left out, that the ranges are fitted to.
+        """
+        samples: list[list[Tensor]] = [[] for _ in self._layers]
+        chosen = torch.empty(0)
+
+        def record(index: int, x: Tensor) -> None:
+            rows = x.reshape(-1, x.shape[-1])
+            samples[index].append(rows[chosen % len(rows)].float())
+
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, i=i: record(i, args[0]))
+            for i, layer in enumerate(self._layers)
+        ]
+        try:
+            for batch in batches:
+                tokens = batch["attention_mask"].flatten().nonzero().flatten()
+                spread = torch.linspace(0, len(tokens) - 1, min(tokens_per_batch, len(tokens)))
+                chosen = tokens[spread.long().to(tokens.device)]
+                self(batch, Latents(adapter_weights))
+        finally:
+            for handle in handles:
+                handle.remove()
+        factors = self.split_weights(adapter_weights)
+        for layer, sample, (lora_A, _, _) in zip(self._layers, samples, factors, strict=True):
+            layer.calibrate(torch.cat(sample), lora_A)
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, this network needs {shape}")

@@ -1,0 +1,91 @@
+"""Which layers of a transformers model are adapted, and which parameters stay trainable."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from bayes_lora.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Name and size of one adapted layer.
+
+    Attributes
+    ----------
+    path : str
+        Module path in the backbone; the coordinate `layer` of every result.
+    in_features, out_features : int
+        Size of the frozen weight.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+
+    @property
+    def kind(self) -> str:
+        """Path within its block, the same for all blocks: `attention.self.query`."""
+        return re.split(r"\.\d+\.", self.path)[-1]
+
+    def num_weights(self, rank: int) -> int:
+        """Entries of A, e and B together."""
+        return rank * (self.in_features + self.out_features + 1)
+
+
+def linear_layers(backbone: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers inside the repeated blocks of the encoder, by their path in the backbone.
+
+    The blocks are what the encoder keeps in an `nn.ModuleList`; embeddings, pooler and head
+    are outside.
+    """
+    encoder = getattr(backbone, "base_model", backbone)
+    blocks = [f"{p}." for p, m in backbone.named_modules() if isinstance(m, nn.ModuleList)]
+    members = {id(module) for module in encoder.modules()}
+    return {
+        path: module
+        for path, module in backbone.named_modules()
+        if isinstance(module, nn.Linear)
+        and id(module) in members
+        and any(path.startswith(block) for block in blocks)
+    }
+
+
+def select_targets(backbone: nn.Module, target_modules: str) -> dict[str, nn.Linear]:
+    """Layers that `target_modules` names, by path.
+
+    Raises
+    ------
+    InputError
+        If the expression is malformed or matches none of the encoder's linear layers.
+    """
+    layers = linear_layers(backbone)
+    if target_modules == "all-linear":
+        chosen = layers
+    else:
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise InputError(
+                f"target_modules {target_modules!r} is no regular expression: {error}"
+            ) from error
+        chosen = {path: layer for path, layer in layers.items() if pattern.fullmatch(path)}
+    if not chosen:
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", path) for path in layers})
+        raise InputError(
+            f"target_modules {target_modules!r} matches no linear layer; there are "
+            f"{', '.join(kinds) or 'none'} (a whole path must match, e.g. '.*query')"
+        )
+    return chosen
+
+
+def freeze_all_but_head(backbone: nn.Module) -> None:
+    """Freeze the encoder; the head, and the pooler before it, stay trainable."""
+    encoder = getattr(backbone, "base_model", backbone)
+    encoder.requires_grad_(False)
+    pooler = getattr(encoder, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(True)

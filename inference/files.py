@@ -1,0 +1,60 @@
+"""Output folders and files: nothing overwritten without being told to, nothing half written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bayes_lora.errors import InputError
+
+
+def check_free(folder: Path, outputs: Sequence[str], overwrite: bool) -> None:
+    """Refuse a folder that already holds a run.
+
+    Raises
+    ------
+    InputError
+        If `folder` is a file, or holds any of `outputs` and `overwrite` is off.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file: name a folder")
+    found = [name for name in outputs if (folder / name).exists()]
+    if found and not overwrite:
+        raise InputError(
+            f"output_dir {folder} already holds a run ({found[0]}): choose another folder, or "
+            "replace the run with --overwrite"
+        )
+
+
+def open_folder(folder: Path, outputs: Sequence[str]) -> None:
+    """Make the folder, and take out of it what an earlier run of ours left.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in outputs:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to output_dir {folder}: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+    os.replace(partial, path)

@@ -1,0 +1,78 @@
+"""The phases of training, and what each does to gates, quantizers and the KL weight.
+
+    phase    gates                        quantization   KL weight
+    warmup   open                         off            0
+    anneal   sampled                      on             0 -> 1
+    joint    sampled                      on             1
+    settle   at the posterior decision    on             1 (adapter weights only)
+
+Without the warm-up every rank collapses before the adapters have learned what they are for.
+Without the settling the weights are never trained at the gates they are deployed with. A method
+without gates, `lora`, settles from the first step to the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+GateMode = Literal["open", "sampled", "decided"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training steps.
+
+    Attributes
+    ----------
+    name : str
+        `warmup`, `anneal`, `joint` or `settle`.
+    gates : {"open", "sampled", "decided"}
+        What the gates do.
+    steps : int
+        Length in optimizer steps.
+    """
+
+    name: str
+    gates: GateMode
+    steps: int
+
+    def kl_weight(self, step: int) -> float:
+        """KL weight at `step`, counted from 0 within the phase; in [0, 1]."""
+        if self.name == "warmup":
+            return 0.0
+        return (step + 1) / self.steps if self.name == "anneal" else 1.0
+
+
+def plan(total_steps: int, shares: tuple[float, float, float], gated: bool) -> list[Phase]:
+    """Divide the training steps among the phases.
+
+    Parameters
+    ----------
+    total_steps : int
+        Optimizer steps of the whole run.
+    shares : tuple of three floats
+        Shares of warm-up, anneal and joint; settle takes the rest.
+    gated : bool
+        Whether there are gates at all.
+
+    Returns
+    -------
+    list of Phase
+        In order, without empty ones; the steps add up to `total_steps`.
+
+    Examples
+    --------
+    >>> [(phase.name, phase.steps) for phase in plan(100, (0.2, 0.2, 0.2), gated=True)]
+    [('warmup', 20), ('anneal', 20), ('joint', 20), ('settle', 40)]
+    """
+    if not gated:
+        return [Phase("settle", "decided", total_steps)]
+    warmup, anneal, joint = (round(share * total_steps) for share in shares)
+    phases = [
+        Phase("warmup", "open", warmup),
+        Phase("anneal", "sampled", anneal),
+        Phase("joint", "sampled", joint),
+        Phase("settle", "decided", total_steps - warmup - anneal - joint),
+    ]
+    return [phase for phase in phases if phase.steps > 0]

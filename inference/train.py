@@ -1,0 +1,216 @@
+"""The SVI loop: one ELBO over adapter weights and gates, through the phases.
+
+The objective is -ELBO / N, in nats per example, so that learning rates and clipping mean the
+same for every data set. Weights and gates have separate learning rates; the gates' is tied to
+the number of steps they have, because Adam moves a logit by about its learning rate a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from bayes_lora.costs import relative_bops
+from bayes_lora.errors import NumericalError
+from bayes_lora.inference.elbo import TermwiseELBO
+from bayes_lora.inference.phases import Phase
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.model import BayesianLoRA, Gates
+from bayes_lora.models.priors import GibbsGates
+
+TRAVEL = 30.0
+"""Nats of logit that a gate can travel while gates are sampled: enough to go from open to closed
+and back. Over the number of those steps, this is the gates' learning rate."""
+
+CALIBRATION_BATCHES = 8
+PRICE_RATE = 0.05
+Record = dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Settings of the optimizer.
+
+    Attributes
+    ----------
+    learning_rate : float
+        Of adapter weights, head and likelihood; warmed up over 6 % of the steps, then decayed
+        linearly to zero.
+    gate_learning_rate : float
+        Of the gate logits; constant.
+    max_grad_norm : float
+        Clipping threshold of the gradient of -ELBO / N.
+    """
+
+    learning_rate: float = 1e-3
+    gate_learning_rate: float = 0.05
+    max_grad_norm: float = 1.0
+
+
+def gate_learning_rate(phases: list[Phase]) -> float:
+    """Learning rate of the gates that lets a logit travel `TRAVEL` nats while sampled.
+
+    Examples
+    --------
+    >>> gate_learning_rate([Phase("joint", "sampled", 600)])
+    0.05
+    """
+    sampled = sum(phase.steps for phase in phases if phase.gates == "sampled")
+    return min(TRAVEL / max(sampled, 1), 0.2)
+
+
+def fit(
+    model: BayesianLoRA,
+    guide: GateGuide,
+    loader: DataLoader,
+    phases: list[Phase],
+    optimisation: Optimisation,
+    accelerator: Accelerator,
+    on_step: Callable[[Record], None] = lambda record: None,
+    on_decision: Callable[[Gates], None] = lambda gates: None,
+) -> Gates:
+    """Train model and guide through the phases.
+
+    Parameters
+    ----------
+    model, guide : BayesianLoRA, GateGuide
+        Changed in place.
+    loader : DataLoader
+        Batches of the training set, with `labels`; gone through as often as needed.
+    phases : list of Phase
+        As from `plan`.
+    optimisation : Optimisation
+        Learning rates and clipping.
+    accelerator : Accelerator
+        Places and prepares everything.
+    on_step : function
+        Called with one record a step: step, phase, kl_weight, every ELBO term in nats per
+        example, price, expected share of bit operations, mean open probabilities.
+    on_decision : function
+        Called with the decided gates before they settle.
+
+    Returns
+    -------
+    Gates
+        The gates the network was settled at.
+
+    Raises
+    ------
+    NumericalError
+        If the loss or its gradient is not finite; the parameters are those before the step.
+    """
+    elbo = TermwiseELBO()
+    module = elbo(model, guide)
+    optimizer, scheduler = _optimizer(module, guide, optimisation, sum(p.steps for p in phases))
+    module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    batches = _forever(loader)
+    fixed: Gates | None = Gates()
+    progress = tqdm(total=sum(p.steps for p in phases), disable=None, unit="step")
+    for phase in phases:
+        if phase.gates != "open" and model.bit_gates:
+            calibrate(model, guide, islice(batches, CALIBRATION_BATCHES))
+        if phase.gates == "sampled":
+            fixed = None
+        elif phase.gates == "decided":
+            fixed = guide.decision()
+            on_decision(fixed)
+        for step in range(phase.steps):
+            kl_weight = phase.kl_weight(step)
+            batch = dict(next(batches))
+            loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
+            record = _record(progress.n, phase.name, kl_weight, loss, elbo, model, guide)
+            _check_finite(loss, record)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
+            _check_finite(norm, record)
+            optimizer.step()
+            scheduler.step()
+            if phase.gates == "sampled" and isinstance(model.priors.gates, GibbsGates):
+                model.priors.gates.ascend(float(record["expected_bops"]), PRICE_RATE)
+            on_step(record)
+            progress.update()
+            progress.set_postfix_str(_summary(record), refresh=False)
+    progress.close()
+    return fixed if fixed is not None else guide.decision()
+
+
+@torch.no_grad()
+def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterator[dict[str, Tensor]]) -> None:
+    """Set the ranges of all quantizers from a few batches, without dropout."""
+    was_training = model.training
+    model.eval()
+    inputs = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
+    model.network.calibrate(inputs, guide.loc)
+    model.train(was_training)
+
+
+def _optimizer(
+    module: torch.nn.Module, guide: GateGuide, optimisation: Optimisation, total_steps: int
+) -> tuple[AdamW, LambdaLR]:
+    gates = [p for p in (guide.rank_logits, guide.bit_logits) if p is not None]
+    is_gate = {id(p) for p in gates}
+    weights = [p for p in module.parameters() if p.requires_grad and id(p) not in is_gate]
+    groups = [
+        {"params": weights, "lr": optimisation.learning_rate},
+        {"params": gates, "lr": optimisation.gate_learning_rate},
+    ]
+    warmup = max(1, round(0.06 * total_steps))
+
+    def warmed_up_then_linear(step: int) -> float:
+        return min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
+
+    optimizer = AdamW(groups, weight_decay=0.0)  # the prior is the weight decay
+    return optimizer, LambdaLR(optimizer, [warmed_up_then_linear, lambda step: 1.0])
+
+
+def _forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield from loader
+
+
+def _record(
+    step: int,
+    phase: str,
+    kl_weight: float,
+    loss: Tensor,
+    elbo: TermwiseELBO,
+    model: BayesianLoRA,
+    guide: GateGuide,
+) -> Record:
+    record: Record = {"step": step, "phase": phase, "kl_weight": kl_weight, "loss": loss.item()}
+    record |= {name: float(term) / model.num_examples for name, term in elbo.terms.items()}
+    probabilities = guide.open_probabilities()
+    record["price"] = getattr(model.priors.gates, "price", 0.0)
+    record["expected_bops"] = float(relative_bops(model.network, *probabilities))
+    for name, probability in zip(("mean_open_rank", "mean_open_bits"), probabilities, strict=True):
+        record[name] = 1.0 if probability is None else float(probability.mean())
+    return record
+
+
+def _check_finite(value: Tensor, record: Record) -> None:
+    if not torch.isfinite(value):
+        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        wrong = [k for k, v in numbers.items() if v != v or abs(v) == float("inf")] or ["gradient"]
+        raise NumericalError(
+            f"step {record['step']}, phase {record['phase']}: {', '.join(wrong)} not finite; "
+            "the parameters before this step were kept. Try a lower --learning_rate"
+        )
+
+
+def _summary(record: Record) -> str:
+    kl = {"weights": "kl_adapter_weights", "rank": "kl_rank_gate", "bits": "kl_bit_gate"}
+    terms = [f"{short} {float(record[k]):.3g}" for short, k in kl.items() if k in record]
+    return (
+        f"{record['phase']}: log lik {float(record['log_likelihood']):.3f}, "
+        f"KL {', '.join(terms)} nats/example, BOPs {float(record['expected_bops']):.1%}"
+    )
