@@ -246,8 +246,11 @@ def kl_hard_concrete(q: HardConcrete, p: HardConcrete) -> Tensor:
     """
     if not torch.equal(*torch.broadcast_tensors(q.temperature, p.temperature)):
         raise ValueError("the hard concrete KL needs equal temperatures in guide and prior")
-    flip = torch.where(q.logits < p.logits, -1.0, 1.0)
-    a_q, a_p, l1 = flip * q.logits, flip * p.logits, q.logit_at_one
+    q_logits, p_logits = torch.broadcast_tensors(q.logits, p.logits)
+    flipped = q_logits < p_logits
+    a_q = torch.where(flipped, -q_logits, q_logits)
+    a_p = torch.where(flipped, -p_logits, p_logits)
+    l1 = q.logit_at_one
     d = a_q - a_p
     h = -torch.expm1(-d)
     # w = 1 - sigmoid(l - a_q) at the two ends of the interior

@@ -25,12 +25,15 @@ from bayes_lora.gates import level_bits
 from bayes_lora.quantization import (
     Mixture,
     gaussian_limits,
+    largest_value,
     quantize_mixture,
     searched_limits,
 )
 
 TENSORS = ("weight", "A", "e", "B", "input", "hidden")
 """The tensors of an adapted layer that can be quantized, in the order of `bit_gate`."""
+
+SEARCH_SAMPLE = 30_000  # activations that a range is searched with; their largest is of all
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,11 @@ class AdaptedLinear(nn.Module):
         lora_A : Tensor
             The adapter's first matrix, shape (R, in), from which the hidden sample follows.
         """
-        hidden = linear(inputs, lora_A)
         if self.weight_limits.isinf().any():  # frozen: once is enough
             self.weight_limits.copy_(searched_limits(self.base.weight, (1,), self.bits))
-        self.input_limits.copy_(searched_limits(inputs, (0, 1), self.bits).flatten())
-        self.hidden_limits.copy_(searched_limits(hidden, (0, 1), self.bits).flatten())
+        for limits, sample in (
+            (self.input_limits, inputs.flatten()),
+            (self.hidden_limits, linear(inputs, lora_A).flatten()),
+        ):
+            some = sample[:: max(1, len(sample) // SEARCH_SAMPLE)]
+            limits.copy_(searched_limits(some, (0,), self.bits, largest_value(sample, (0,)))[:, 0])

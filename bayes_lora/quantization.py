@@ -173,8 +173,12 @@ def largest_value(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def searched_limits(x: Tensor, dims: Sequence[int], bits: Sequence[int]) -> Tensor:
-    """Range of least squared error for every level, by search over 40 shares of the largest.
+def searched_limits(
+    x: Tensor, dims: Sequence[int], bits: Sequence[int], largest: Tensor | None = None
+) -> Tensor:
+    """Range of least squared error for every level, by search over shares of the largest value.
+
+    The shares are 21 points from 1 down to 1/32 in equal ratios.
 
     Parameters
     ----------
@@ -184,11 +188,15 @@ def searched_limits(x: Tensor, dims: Sequence[int], bits: Sequence[int]) -> Tens
         Dimensions that share one range.
     bits : sequence of int
         The levels.
+    largest : Tensor, optional
+        Largest absolute value, size one along `dims`, where `x` is only a sample; default: that
+        of `x`.
 
     Returns
     -------
     Tensor
-        Ranges, shape (len(bits), ...) with size one along `dims`.
+        Ranges, shape (len(bits), ...) with size one along `dims`. From 16 bits on there is room
+        for twice the largest value, as that of a sample is no bound.
 
     Examples
     --------
@@ -197,13 +205,13 @@ def searched_limits(x: Tensor, dims: Sequence[int], bits: Sequence[int]) -> Tens
     >>> 2.4 < float(searched_limits(x, (0,), (4,))) < 2.9
     True
     """
-    largest = largest_value(x, dims)
+    if largest is None:
+        largest = largest_value(x, dims)
     limits = []
     for b in bits:
-        best, least = largest, torch.full_like(largest, torch.inf)
-        # a sample's largest value is no bound, and from 16 bits on there is room for a margin
-        for share in torch.linspace(1.0, 0.025, 40).tolist() if b < 16 else [2.0]:
-            error = (quantize(x, share * largest, b) - x).square().mean(tuple(dims), keepdim=True)
+        best, least = 2 * largest, torch.full_like(largest, torch.inf)
+        for share in torch.logspace(0, -5, 21, base=2).tolist() if b < 16 else []:
+            error = (quantize(x, share * largest, b) - x).square_().mean(tuple(dims), keepdim=True)
             best = torch.where(error < least, share * largest, best)
             least = torch.minimum(error, least)
         limits.append(best)

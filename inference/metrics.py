@@ -1,15 +1,15 @@
 r"""Metrics of predictions: GLUE's own, and proper scores that judge the predictive distribution.
 
-With :math:`p_{nk}` the probability of class :math:`k` for example :math:`n` of :math:`N`, and
-:math:`y_n` its label:
+Classification, with :math:`p_{nk}` the probability of class :math:`k` for example :math:`n` of
+:math:`N`, and :math:`y_n` its label (`nll`, `brier` and `ece` of Guo et al. 2017):
 
 .. math::
     \text{nll} &= -\tfrac1N \sum_n \log p_{n y_n} \\
     \text{brier} &= \tfrac1N \sum_n \sum_k (p_{nk} - [k = y_n])^2 \\
     \text{ece} &= \sum_b \tfrac{N_b}{N} \lvert \text{accuracy}_b - \text{confidence}_b \rvert
 
-Regression has the predictive normal distribution :math:`N(\mu_n, \sigma_n^2)`, and with
-:math:`z_n = (y_n - \mu_n) / \sigma_n`:
+Regression, with the predictive distribution :math:`N(\mu_n, \sigma_n^2)`,
+:math:`z_n = (y_n - \mu_n) / \sigma_n`, and the central intervals of level :math:`l`:
 
 .. math::
     \text{nll} &= \tfrac1N \sum_n \tfrac12 z_n^2 + \log \sigma_n + \tfrac12 \log 2\pi \\
@@ -17,7 +17,7 @@ Regression has the predictive normal distribution :math:`N(\mu_n, \sigma_n^2)`, 
         \bigl(z_n (2\Phi(z_n) - 1) + 2\varphi(z_n) - 1/\sqrt\pi\bigr) \\
     \text{ece} &= \tfrac1L \sum_l \lvert \text{coverage}_l - l \rvert
 
-All are better when lower, save GLUE's. Logarithms are natural: nats, per example.
+These are better when lower. Logarithms are natural: nats per example.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from bayes_lora.inference.data import Task
+from bayes_lora.inference.tasks import Task
 
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
@@ -67,9 +67,9 @@ def f1(predictions: IntArray, labels: IntArray) -> float:
 
 
 def matthews(predictions: IntArray, labels: IntArray) -> float:
-    """Matthews correlation of two classes or more (Matthews 1975; Gorodkin 2004), in [-1, 1].
+    """Matthews correlation (Matthews 1975; for more classes Gorodkin 2004), in [-1, 1].
 
-    It is 0 where predictions or labels are constant: a constant does not covary with anything.
+    It is 0 where predictions or labels are constant: a constant covaries with nothing.
 
     Examples
     --------
@@ -82,8 +82,8 @@ def matthews(predictions: IntArray, labels: IntArray) -> float:
 def pearson(predictions: FloatArray, labels: FloatArray) -> float:
     """Pearson correlation, in [-1, 1].
 
-    It is 0, not undefined, where predictions or labels are constant: a model that gives every
-    example the same number has not ranked any, and its score should say so and stay a number.
+    It is 0, not undefined, where predictions or labels are constant: who says the same of every
+    example has told none apart, and a score that is no number could not be compared.
 
     Examples
     --------
@@ -96,7 +96,7 @@ def pearson(predictions: FloatArray, labels: FloatArray) -> float:
 
 
 def spearman(predictions: FloatArray, labels: FloatArray) -> float:
-    """Spearman correlation: `pearson` of the ranks, ties at their mean rank; 0 for a constant.
+    """Spearman correlation: `pearson` of the ranks, ties at their mean rank.
 
     Examples
     --------
@@ -109,14 +109,14 @@ def spearman(predictions: FloatArray, labels: FloatArray) -> float:
 METRICS: dict[str, Callable[..., float]] = {
     metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)
 }
-"""GLUE's metrics by the names that `Task.metrics` uses."""
+"""GLUE's metrics, by the names that `Task.metrics` uses."""
 
 
 def nll(probabilities: FloatArray, labels: IntArray) -> float:
     """Negative log likelihood of the labels, in nats per example.
 
-    A probability below `SMALLEST_PROBABILITY` counts as that, so that one certain mistake (which
-    float32 rounds to 0) leaves the mean finite.
+    A probability below `SMALLEST_PROBABILITY` counts as that, so that one confident mistake,
+    which float32 rounds to 0, leaves the mean finite.
 
     Parameters
     ----------
@@ -137,8 +137,8 @@ def nll(probabilities: FloatArray, labels: IntArray) -> float:
 def brier(probabilities: FloatArray, labels: IntArray) -> float:
     """Brier score: squared distance of the probabilities from the one-hot label, in [0, 2].
 
-    Summed over all classes as in Brier (1950); for two classes it is twice the one-class form.
-    Shapes are those of `nll`.
+    Summed over all classes as in Brier (1950), which for two classes is twice the form of class 1
+    alone. Shapes are those of `nll`.
 
     Examples
     --------
@@ -150,12 +150,11 @@ def brier(probabilities: FloatArray, labels: IntArray) -> float:
 
 
 def ece(probabilities: FloatArray, labels: IntArray) -> float:
-    """Expected calibration error of the top class, in [0, 1].
+    """Expected calibration error of the top class (Guo et al. 2017, arXiv 1706.04599), in [0, 1].
 
-    Confidence is the highest probability of an example. Examples are put into `ECE_BINS` bins
-    ((b - 1) / 15, b / 15] of confidence; the gaps between a bin's accuracy and its mean confidence
-    are averaged, weighted by the bin's share of examples (Guo et al. 2017, arXiv 1706.04599).
-    Shapes are those of `nll`.
+    Confidence is the highest probability of an example, bins of it are ((b - 1) / 15, b / 15];
+    the gap between a bin's accuracy and its mean confidence is weighted by its share of the
+    examples. Shapes are those of `nll`.
 
     Examples
     --------
@@ -164,87 +163,67 @@ def ece(probabilities: FloatArray, labels: IntArray) -> float:
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == labels
-    bins = np.ceil(confidence * ECE_BINS).astype(int)
-    gaps = np.bincount(bins, weights=correct - confidence)
+    gaps = np.bincount(np.ceil(confidence * ECE_BINS).astype(int), weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(labels))
 
 
 def evaluate_predictions(
-    task: Task, probabilities: FloatArray, labels: IntArray
+    task: Task, predictions: FloatArray, scale: FloatArray, labels: NDArray[np.number]
 ) -> dict[str, float]:
-    """All metrics of a classification task.
+    """All metrics of a task, from the predictive distribution of every example.
 
     Parameters
     ----------
     task : Task
-        Says which metrics are the task's own.
-    probabilities : ndarray of float
-        Shape (examples, classes); rows sum to 1.
-    labels : ndarray of int
-        Shape (examples,); class ids.
+        Says whether it is a regression, and which metrics are its own.
+    predictions : ndarray of float
+        Probabilities (examples, classes), rows sum to 1; of a regression, means (examples,).
+    scale : ndarray of float
+        Standard deviations > 0 (examples,) of a regression; not looked at in classification.
+    labels : ndarray of int or float
+        Shape (examples,); class ids, or numbers.
 
     Returns
     -------
     dict of str to float
-        ``score``, the number that GLUE's leaderboard is about, here the first of `Task.metrics`
-        (for MRPC and QQP accuracy, where GLUE averages it with F1); then the task's metrics,
-        ``nll`` (nats per example), ``ece`` and ``brier``.
-
-    Examples
-    --------
-    >>> from bayes_lora.inference.data import TASKS
-    >>> evaluate_predictions(TASKS["cola"], np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([0, 1]))
-    {'score': 1.0, 'matthews': 1.0, 'nll': 0.34657359027997264, 'ece': 0.25, 'brier': 0.25}
-    """
-    own = {name: METRICS[name](probabilities.argmax(axis=1), labels) for name in task.metrics}
-    proper = {metric.__name__: metric(probabilities, labels) for metric in (nll, ece, brier)}
-    return {"score": own[task.metrics[0]], **own, **proper}
-
-
-def evaluate_regression(
-    task: Task, mean: FloatArray, scale: FloatArray, labels: FloatArray
-) -> dict[str, float]:
-    """All metrics of a regression task with a normal predictive distribution.
-
-    Parameters
-    ----------
-    task : Task
-        Says which metrics are the task's own.
-    mean, scale : ndarray of float
-        Shape (examples,); mean and standard deviation (> 0) in the unit of the labels.
-    labels : ndarray of float
-        Shape (examples,).
-
-    Returns
-    -------
-    dict of str to float
-        ``score``, the mean of the task's own metrics (for STS-B GLUE's mean of Pearson and
-        Spearman); these metrics; ``nll`` of the density (nats per example; it can be negative and
-        depends on the unit); ``ece``, the mean absolute difference between the coverage of the
-        central predictive intervals and their nominal level over `COVERAGE_LEVELS`, after
-        Kuleshov et al. (2018, arXiv 1807.00263); ``crps`` (Gneiting and Raftery 2007, eq. 21) and
-        ``rmse``, both in the unit of the labels.
+        ``score``, the headline: the first of `Task.metrics` (for MRPC and QQP accuracy, where
+        GLUE averages it with F1), of a regression their mean (GLUE's for STS-B). Then the task's
+        metrics; ``nll`` in nats per example; ``ece``; and ``brier``. A regression has ``crps``
+        (Gneiting and Raftery 2007, eq. 21) and ``rmse`` in place of ``brier``, both in the unit
+        of the labels; its ``nll`` is of a density, can be negative and depends on the unit; its
+        ``ece`` is over `COVERAGE_LEVELS`, after Kuleshov et al. (2018, arXiv 1807.00263).
 
     Raises
     ------
     ValueError
-        If the shapes differ: (n, 1) against (n,) would broadcast to all pairs.
+        If the shapes of a regression differ: (n, 1) and (n,) would broadcast to all pairs.
 
     Examples
     --------
-    >>> from bayes_lora.inference.data import TASKS
-    >>> mean, scale = np.array([1.0, 2.0, 3.0]), np.ones(3)
-    >>> round(evaluate_regression(TASKS["stsb"], mean, scale, mean + 1.0)["nll"], 4)
-    1.4189
+    >>> from bayes_lora.inference.tasks import TASKS
+    >>> p, y = np.array([[0.5, 0.5], [0.25, 0.75]]), np.array([0, 1])
+    >>> evaluate_predictions(TASKS["cola"], p, np.empty(0), y)["matthews"]
+    1.0
     """
+    if task.is_regression:
+        return _evaluate_regression(task, predictions, scale, labels)
+    ids = labels.astype(np.intp)
+    own = {name: METRICS[name](predictions.argmax(axis=1), ids) for name in task.metrics}
+    proper = {metric.__name__: metric(predictions, ids) for metric in (nll, ece, brier)}
+    return {"score": own[task.metrics[0]], **own, **proper}
+
+
+def _evaluate_regression(
+    task: Task, mean: FloatArray, scale: FloatArray, labels: NDArray[np.number]
+) -> dict[str, float]:
     if not mean.shape == scale.shape == labels.shape:
         raise ValueError(f"shapes differ: {mean.shape}, {scale.shape}, {labels.shape}")
-    mean, scale, labels = (np.asarray(a, dtype=np.float64) for a in (mean, scale, labels))
+    mean, scale, labels = (array.astype(np.float64) for array in (mean, scale, labels))
     own = {name: METRICS[name](mean, labels) for name in task.metrics}
     z = (labels - mean) / scale
-    central = np.abs(2 * stats.norm.cdf(z) - 1)  # the level of the interval that ends at the label
-    coverage = np.mean(central[:, None] <= COVERAGE_LEVELS, axis=0)
-    crps = scale * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
+    central = 2 * stats.norm.cdf(z) - 1  # its size is the level of the interval the label ends
+    coverage = np.mean(np.abs(central)[:, None] <= COVERAGE_LEVELS, axis=0)
+    crps = scale * (z * central + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
     return {
         "score": float(np.mean(list(own.values()))),
         **own,

@@ -7,9 +7,9 @@ the number of steps they have, because Adam moves a logit by about its learning 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from accelerate import Accelerator
@@ -110,14 +110,16 @@ def fit(
     """
     elbo = TermwiseELBO()
     module = elbo(model, guide)
-    optimizer, scheduler = _optimizer(module, guide, optimisation, sum(p.steps for p in phases))
+    total_steps = sum(phase.steps for phase in phases)
+    optimizer, scheduler = _optimizer(module, guide, optimisation, total_steps)
+    in_order = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = _forever(loader)
     fixed: Gates | None = Gates()
-    progress = tqdm(total=sum(p.steps for p in phases), disable=None, unit="step")
+    steps, progress = count(), tqdm(total=total_steps, disable=None, unit="step")
     for phase in phases:
         if phase.gates != "open" and model.bit_gates:
-            calibrate(model, guide, islice(batches, CALIBRATION_BATCHES))
+            calibrate(model, guide, islice(in_order, CALIBRATION_BATCHES))
         if phase.gates == "sampled":
             fixed = None
         elif phase.gates == "decided":
@@ -127,7 +129,7 @@ def fit(
             kl_weight = phase.kl_weight(step)
             batch = dict(next(batches))
             loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
-            record = _record(progress.n, phase.name, kl_weight, loss, elbo, model, guide)
+            record = _record(next(steps), phase.name, kl_weight, loss, elbo, model, guide)
             _check_finite(loss, record)
             optimizer.zero_grad()
             accelerator.backward(loss)
@@ -145,11 +147,12 @@ def fit(
 
 
 @torch.no_grad()
-def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterator[dict[str, Tensor]]) -> None:
+def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterable[dict[str, Tensor]]) -> None:
     """Set the ranges of all quantizers from a few batches, without dropout."""
     was_training = model.training
     model.eval()
-    inputs = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
+    device = guide.loc.device
+    inputs = ({k: v.to(device) for k, v in b.items() if k != "labels"} for b in batches)
     model.network.calibrate(inputs, guide.loc)
     model.train(was_training)
 

@@ -17,6 +17,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.distributions import HardConcrete, PointMass
+from bayes_lora.gates import nested
 from bayes_lora.models.model import TEMPERATURE, BayesianLoRA, Gates, scaled
 from bayes_lora.network import Batch
 
@@ -54,6 +55,7 @@ class GateGuide(PyroModule):
     ) -> None:
         super().__init__()
         self.loc = nn.Parameter(initial_weights.clone())
+        self._structure = model.network.structure
         self.log_scale = None
         self.rank_logits = self.bit_logits = None
         if normal_weights:
@@ -89,12 +91,25 @@ class GateGuide(PyroModule):
     @torch.no_grad()
     def open_probabilities(self) -> Gates:
         """Posterior probability that each gate is open, exact; shapes of the gates."""
-        return Gates(*(None if a is None else a.sigmoid() for a in self._logits()))
+        logits = (self.rank_logits, self.bit_logits)
+        return Gates(*(None if a is None else a.sigmoid() for a in logits))
 
     @torch.no_grad()
     def decision(self) -> Gates:
-        """Every gate at its more probable side, 0 or 1; shapes of the gates."""
-        return Gates(*(None if a is None else (a > 0).float() for a in self._logits()))
+        """Posterior median of every rank and bit width, as gates of 0 and 1.
 
-    def _logits(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.rank_logits, self.bit_logits
+        A component, or a level, is on if it is more probably on than off. For gates that lead
+        from one to the next that is the product of their open probabilities, so that a rank is
+        kept only if P(rank at least this) > 1/2; gates that are nearly certain decide alike
+        one by one.
+
+        Returns
+        -------
+        Gates
+            0 or 1, shapes of the gates.
+        """
+        rank, bits = self.open_probabilities()
+        return Gates(
+            None if rank is None else (self._structure(rank) > 0.5).float(),
+            None if bits is None else (nested(bits) > 0.5).float(),
+        )

