@@ -35,7 +35,8 @@ arXiv 1611.00712 (relaxed Bernoulli).
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -103,14 +104,16 @@ class HardConcrete(TorchDistribution):
         if (probs is None) == (logits is None):
             raise ValueError("give exactly one of probs and logits")
         if logits is None:
-            self.temperature, self.probs = broadcast_all(temperature, probs)
+            self.temperature, self.probs = broadcast_all(temperature, cast(Tensor, probs))
             self.logits = probs_to_logits(self.probs, is_binary=True)
         else:
             self.temperature, self.logits = broadcast_all(temperature, logits)
             self.probs = torch.sigmoid(self.logits)
         super().__init__(self.logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: HardConcrete | None = None) -> HardConcrete:
+    def expand(
+        self, batch_shape: Sequence[int], _instance: HardConcrete | None = None
+    ) -> HardConcrete:
         """Return the same distribution with batch shape `batch_shape`, without copying."""
         new = self._get_checked_instance(HardConcrete, _instance)
         batch_shape = torch.Size(batch_shape)
@@ -135,7 +138,7 @@ class HardConcrete(TorchDistribution):
         """P(z = 1), a probability of the batch shape."""
         return torch.sigmoid(self.logits - self.logit_at_one)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw gates of shape `sample_shape + batch_shape`, differentiable in the logits.
 
         A gate drawn at exactly 0 or 1 has zero gradient.
@@ -212,7 +215,7 @@ class PointMass(dist.Delta):
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """Return the parts an ELBO uses; the entropy term is the log density, a tensor."""
         log_prob = self.log_prob(x, *args, **kwargs)
-        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=log_prob)
+        return ScoreParts(log_prob, score_function=0, entropy_term=log_prob)  # type: ignore[arg-type]
 
 
 def _psi(y: Tensor) -> Tensor:

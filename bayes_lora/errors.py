@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Raised when something given from outside is wrong; the message says what to do (exit code 2)."""
+    """Something given from outside is wrong; the message says what to do (exit code 2)."""
 
 
 class NumericalError(ArithmeticError):
-    """Raised when training leaves the finite numbers; the message names the term (exit code 1)."""
+    """Training left the finite numbers; the message names step and term (exit code 1)."""

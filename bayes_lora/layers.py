@@ -80,8 +80,9 @@ class AdaptedLinear(nn.Module):
     weight_limits : Tensor
         Ranges of the frozen weight, one an output row: shape (K + 1, out, 1).
     input_limits, hidden_limits : Tensor
-        Ranges of the activations, one a tensor: shape (K + 1,). Until `calibrate` has seen
-        activations they are infinite, and quantizing is an error.
+        Ranges of the activations, one a tensor: shape (K + 1,).
+    calibrated : bool
+        Whether the ranges are set; quantizing without them is a RuntimeError.
 
     Examples
     --------
@@ -105,6 +106,7 @@ class AdaptedLinear(nn.Module):
         self.scaling = scaling
         self.bits = level_bits(num_levels)
         self.latents: LayerLatents | None = None
+        self.calibrated = False
         levels, device = num_levels + 1, base.weight.device
         unknown = torch.full((levels,), torch.inf, device=device)
         self.register_buffer("weight_limits", unknown[:, None, None].repeat(1, len(base.weight), 1))
@@ -119,6 +121,8 @@ class AdaptedLinear(nn.Module):
         A, e, B = latents.lora_A, latents.lora_e, latents.lora_B
         weight = self.base.weight
         mixtures = latents.mixtures
+        if mixtures and not self.calibrated:
+            raise RuntimeError("quantizers have no ranges yet: call the network's calibrate first")
         if "input" in mixtures:
             x = quantize_mixture(x, self.input_limits, mixtures["input"])
         if "weight" in mixtures:
@@ -148,7 +152,7 @@ class AdaptedLinear(nn.Module):
         lora_A : Tensor
             The adapter's first matrix, shape (R, in), from which the hidden sample follows.
         """
-        if self.weight_limits.isinf().any():  # frozen: once is enough
+        if not self.calibrated:  # the weight is frozen: once is enough
             self.weight_limits.copy_(searched_limits(self.base.weight, (1,), self.bits))
         for limits, sample in (
             (self.input_limits, inputs.flatten()),
@@ -156,3 +160,4 @@ class AdaptedLinear(nn.Module):
         ):
             some = sample[:: max(1, len(sample) // SEARCH_SAMPLE)]
             limits.copy_(searched_limits(some, (0,), self.bits, largest_value(sample, (0,)))[:, 0])
+        self.calibrated = True

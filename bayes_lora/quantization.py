@@ -91,7 +91,11 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, limits: Tensor, active: tuple[int, ...]
+        ctx: Any,  # noqa: ANN401 (autograd's context has no type)
+        x: Tensor,
+        weights: Tensor,
+        limits: Tensor,
+        active: tuple[int, ...],
     ) -> Tensor:
         ctx.save_for_backward(x, weights, limits)
         ctx.active = active
@@ -103,7 +107,10 @@ class _Mixed(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        *gradients: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         (gradient,) = gradients
         x, weights, limits = ctx.saved_tensors
         x_gradient = weights_gradient = None

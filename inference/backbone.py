@@ -55,7 +55,11 @@ def load_backbone(name: str | None, num_labels: int) -> tuple[nn.Module, PreTrai
         raise InputError(f"{name} is no model folder: it has no config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=num_labels,
+            ignore_mismatched_sizes=True,  # the head of another task is drawn anew
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         advice = (

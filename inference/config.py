@@ -21,7 +21,7 @@ from bayes_lora.inference.data import DataConfig
 from bayes_lora.layers import TENSORS
 
 
-def _option(default: Any, text: str) -> Any:
+def _option(default: Any, text: str) -> Any:  # noqa: ANN401 (as dataclasses.field)
     return field(default=default, metadata={"help": text})
 
 
@@ -185,10 +185,7 @@ def parse(arguments: Sequence[str] | None = None) -> FinetuneConfig:
         # as options before the real ones, so that they are checked alike and overridden
         arguments = [*_options_of(file), *arguments]
     namespace = parser.parse_args(arguments)
-    parts = [
-        part(**{f.name: getattr(namespace, f.name) for f in fields(part)})  # type: ignore[arg-type]
-        for part in PARTS
-    ]
+    parts = [part(**{f.name: getattr(namespace, f.name) for f in fields(part)}) for part in PARTS]
     config = FinetuneConfig(*parts)  # type: ignore[arg-type]
     config.check()
     return config

@@ -20,9 +20,6 @@ from bayes_lora.inference.agreement import generate
 from bayes_lora.inference.sources import find_file, load_glue, read_file
 from bayes_lora.inference.tasks import TASKS, Columns, Task, check_examples, infer_task
 
-AGREEMENT_TRAIN, AGREEMENT_VALIDATION = 3000, 1000
-"""Examples of the embedded task; the same in every run, as those of GLUE are."""
-
 NUM_TRAIN, NUM_VALIDATION = 3000, 1000
 """Examples of the embedded task; the same in every run, as those of GLUE are."""
 

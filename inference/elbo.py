@@ -7,13 +7,14 @@ Source: `pyro.infer.TraceMeanField_ELBO`, the ELBO with closed-form divergences.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from pyro.distributions import Unit
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 KL_TERMS = ("kl_adapter_weights", "kl_rank_gate", "kl_bit_gate")
 
@@ -67,8 +68,9 @@ def elbo_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
         if name == "label":
             terms["log_likelihood"] = site["log_prob_sum"].detach()
         elif name == "bops":
-            terms["energy"] = -site["fn"].log_factor.detach()
+            terms["energy"] = -cast(Unit, site["fn"]).log_factor.detach()
         elif not site["is_observed"]:
-            kl = kl_divergence(guide_trace.nodes[name]["fn"], site["fn"])
+            q, p = guide_trace.nodes[name]["fn"], site["fn"]
+            kl = kl_divergence(cast(Distribution, q), cast(Distribution, p))
             terms[f"kl_{name}"] = kl.sum().detach()
     return terms

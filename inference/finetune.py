@@ -13,10 +13,12 @@ import csv
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyro
 import torch
 import transformers
@@ -25,7 +27,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bayes_lora.costs import relative_bops, tensor_bits
-from bayes_lora.errors import InputError, NumericalError
 from bayes_lora.gates import independent, nested
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.cli import report_errors
@@ -116,10 +117,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
     optimisation = Optimisation(
         settings.learning_rate, settings.gate_learning_rate, settings.max_grad_norm
     )
-    try:
-        accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    except ValueError as error:
-        raise InputError(f"mixed_precision {settings.mixed_precision}: {error}") from error
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
 
     def evaluate(gates: Gates) -> dict[str, float]:
         return evaluate_predictions(task, *predict(model, guide, validation_loader, gates), labels)
@@ -236,6 +234,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune as the command line says, and print table and metrics."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Encountered NaN")  # reported as an error, once
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     config = parse(arguments)
     metrics = finetune(config)
     folder = Path(config.training.output_dir)

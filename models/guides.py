@@ -13,6 +13,7 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ class GateGuide(PyroModule):
                 gate = HardConcrete(TEMPERATURE, logits=self.bit_logits)
                 pyro.sample("bit_gate", gate.to_event(3))
 
-    def adapter_weights(self) -> dist.Distribution:
+    def adapter_weights(self) -> TorchDistribution:
         """Posterior of the flat vector of adapter weights, event shape (P,)."""
         if self.log_scale is None:
             return PointMass(self.loc, event_dim=1)

@@ -3,7 +3,9 @@
     classification   label ~ Categorical(logits),      output (batch, classes)
     regression       label ~ Normal(output, noise),    output (batch, 1), noise learned
 
-Both are modules, so that what they learn is trained, moved and saved with the model.
+Arguments are not validated: an output that is not finite must reach the loss, where training
+stops by name of step and term. Both are modules, so that what they learn is trained, moved and
+saved with the model.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Classification(PyroModule):
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """Distribution of the labels (batch,) given logits (batch, classes)."""
-        return dist.Categorical(logits=output)
+        return dist.Categorical(logits=output, validate_args=False)
 
 
 class Regression(PyroModule):
@@ -45,4 +47,4 @@ class Regression(PyroModule):
 
     def forward(self, output: Tensor) -> dist.Distribution:
         """Distribution of the labels (batch,) given means (batch, 1)."""
-        return dist.Normal(output.squeeze(-1), self.log_noise.exp())
+        return dist.Normal(output.squeeze(-1), self.log_noise.exp(), validate_args=False)

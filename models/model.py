@@ -12,12 +12,12 @@ Source: Meo et al., "Bayesian-LoRA", arXiv 2406.13046.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -98,9 +98,9 @@ class BayesianLoRA(PyroModule):
         self.register_buffer("rank_prior_logits", rank_logits)
         self.register_buffer("bit_prior_logits", bit_logits)
 
-    def gate_priors(self) -> dict[str, dist.Distribution]:
+    def gate_priors(self) -> dict[str, TorchDistribution]:
         """Prior of every latent gate site: `rank_gate` (L, R), `bit_gate` (L, T, K)."""
-        priors = {}
+        priors: dict[str, TorchDistribution] = {}
         if self.rank_gates:
             gate = HardConcrete(TEMPERATURE, logits=self.rank_prior_logits)
             priors["rank_gate"] = gate.to_event(2)
@@ -135,7 +135,7 @@ class BayesianLoRA(PyroModule):
             The labels, drawn or observed, shape (batch,).
         """
         with scaled(kl_weight):
-            prior = self.priors.adapter_weights(self.network).to_event(1)
+            prior = self.priors.adapter_weights(self.network)
             adapter_weights = pyro.sample("adapter_weights", prior)
             gates = fixed
             if gates is None:
@@ -150,6 +150,6 @@ class BayesianLoRA(PyroModule):
             return pyro.sample("label", self.likelihood(output), obs=labels)
 
 
-def scaled(kl_weight: float) -> AbstractContextManager[None]:
+def scaled(kl_weight: float) -> AbstractContextManager[Any]:
     """Weigh all log densities inside; zero masks them, as Pyro's scale must be positive."""
     return poutine.scale(scale=kl_weight) if kl_weight > 0 else poutine.mask(mask=False)

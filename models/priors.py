@@ -28,6 +28,7 @@ from typing import Protocol
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from bayes_lora.costs import relative_bops
@@ -57,9 +58,10 @@ class Priors:
     adapter_weight_scale: float = 1.0  # weak: A starts within 1 / sqrt(in), e at one
     gates: GatePrior = field(default_factory=lambda: GibbsGates(price=1000.0))  # 1 % = 10 nats
 
-    def adapter_weights(self, network: AdaptedNetwork) -> dist.Distribution:
+    def adapter_weights(self, network: AdaptedNetwork) -> TorchDistribution:
         """Prior of the flat vector, event shape (P,)."""
-        return dist.Normal(0.0, self.adapter_weight_scale).expand([network.num_adapter_weights])
+        normal = dist.Normal(0.0, self.adapter_weight_scale)
+        return normal.expand([network.num_adapter_weights]).to_event(1)
 
 
 class GatePrior(Protocol):

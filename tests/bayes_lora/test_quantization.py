@@ -64,7 +64,9 @@ def test_mixture_equals_the_residual_recursion(gates, limit):
     upstream = torch.randn(6, 50, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     results = []
     for function in (
-        lambda x, z: quantize_mixture(x, torch.full((4,), limit, dtype=torch.float64), mixture_of(z)),
+        lambda x, z: quantize_mixture(
+            x, torch.full((4,), limit, dtype=torch.float64), mixture_of(z)
+        ),
         lambda x, z: residual_recursion(x, z, limit),
     ):
         x = data().requires_grad_()
@@ -86,7 +88,9 @@ def test_skipping_levels_of_weight_zero_is_exact_in_the_gradient_of_the_logits()
     for seed in range(40):
         gradients = []
         for function in (
-            lambda x, z: quantize_mixture(x, torch.full((4,), 3.0, dtype=torch.float64), mixture_of(z)),
+            lambda x, z: quantize_mixture(
+                x, torch.full((4,), 3.0, dtype=torch.float64), mixture_of(z)
+            ),
             lambda x, z: residual_recursion(x, z, 3.0),
         ):
             logits = torch.tensor([1.5, 0.2, -0.5], dtype=torch.float64, requires_grad=True)

@@ -191,8 +191,8 @@ def test_tokens_of_one_text(custom, tokenizer):
 
 
 def test_tokens_of_a_pair_keep_order_and_are_cut(custom, tokenizer):
-    examples = [{"p": "a " * 9, "q": "b", "label": y} for y in (0.5, 2.25)]
-    config = custom(examples, text_columns=["p", "q"], label_column="label")
+    examples = [{"z": "a " * 9, "q": "b", "label": y} for y in (0.5, 2.25)]
+    config = custom(examples, text_columns=["z", "q"])
     task, train, _ = load_task(config, seed=0)
     tokens = tokenize(train, task, tokenizer, max_length=8)
     assert tokens[0]["input_ids"] == [1, 4, 4, 4, 4, 2, 5, 2]

@@ -1,0 +1,217 @@
+"""Model and guide as Pyro programs: sites, scaling, plain SVI, no data, and the price."""
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
+from pyro.optim import ClippedAdam
+
+from bayes_lora.costs import relative_bops
+from bayes_lora.inference.elbo import TermwiseELBO
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Classification, Regression
+from bayes_lora.models.model import BayesianLoRA, Gates
+from bayes_lora.models.priors import CostWeightedGates, GibbsGates, IndependentGates, Priors
+from bayes_lora.network import AdaptedNetwork
+
+LABELS = torch.tensor([0, 1, 1, 0, 1])
+
+
+def pair(network, *, priors=None, num_examples=50, normal_weights=False, **kinds):
+    model = BayesianLoRA(network, Classification(), priors or Priors(), num_examples, **kinds)
+    generator = torch.Generator().manual_seed(5)
+    weights = 0.1 * torch.randn(network.num_adapter_weights, generator=generator)
+    return model, GateGuide(model, weights, normal_weights)
+
+
+def test_every_latent_is_a_sample_site_of_the_stated_shape(network, batch):
+    model, guide = pair(network)
+    trace = poutine.trace(model).get_trace(batch, LABELS)
+    assert trace.nodes["adapter_weights"]["value"].shape == (network.num_adapter_weights,)
+    assert trace.nodes["rank_gate"]["value"].shape == (12, 3)
+    assert trace.nodes["bit_gate"]["value"].shape == (12, 6, 3)
+    assert trace.nodes["label"]["is_observed"]
+    latents = {"adapter_weights", "rank_gate", "bit_gate"}
+    assert set(trace.stochastic_nodes) == latents | {"data"}  # and the plate
+    assert set(poutine.trace(guide).get_trace(batch).stochastic_nodes) == latents
+
+
+def test_prior_and_posterior_predictive_by_pyros_own_class(network, batch):
+    model, guide = pair(network)
+    prior = Predictive(model, num_samples=3)(batch)
+    posterior = Predictive(model, guide=guide, num_samples=3)(batch)
+    assert prior["label"].shape == posterior["label"].shape == (3, 5)
+    assert prior["rank_gate"].squeeze(1).shape == (3, 12, 3)  # dimension 1 is for the plate
+
+
+@pytest.mark.parametrize("normal_weights", [False, True])
+def test_plain_pyro_svi_has_the_same_losses_as_the_module_loop(backbone, batch, normal_weights):
+    """`SVI` with `ClippedAdam`, against the ELBO module with the same update written in torch."""
+
+    def fresh():
+        network = AdaptedNetwork(backbone(), rank=3)
+        model, guide = pair(network, normal_weights=normal_weights)
+        network.calibrate([batch], guide.loc.detach())
+        return model, guide
+
+    with pyro.settings.context(module_local_params=False):
+        model, guide = fresh()
+        svi = SVI(model, guide, ClippedAdam({"lr": 1e-2}), TraceMeanField_ELBO())
+        pyro.set_rng_seed(1)
+        expected = [svi.step(batch, LABELS) for _ in range(5)]
+    with pyro.settings.context(module_local_params=True):
+        module = TermwiseELBO()(*fresh())
+        update = pyro.optim.clipped_adam.ClippedAdam(
+            [p for p in module.parameters() if p.requires_grad], lr=1e-2
+        )
+        pyro.set_rng_seed(1)
+        found = []
+        for _ in range(5):
+            loss = module(batch, LABELS)
+            update.zero_grad()
+            loss.backward()
+            update.step()
+            found.append(float(loss.detach()))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found[0] != pytest.approx(found[4], rel=1e-3)  # something was learned
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_terms_add_up_to_the_loss(network, batch, kl_weight):
+    elbo = TermwiseELBO()
+    model, guide = pair(network, priors=Priors(gates=GibbsGates(price=70.0)))
+    loss = elbo.differentiable_loss(model, guide, batch, LABELS, kl_weight)
+    terms = {name: float(value) for name, value in elbo.terms.items()}
+    penalty = sum(value for name, value in terms.items() if name != "log_likelihood")
+    assert set(terms) == {
+        "log_likelihood",
+        "energy",
+        "kl_adapter_weights",
+        "kl_rank_gate",
+        "kl_bit_gate",
+    }
+    assert float(loss) == pytest.approx(-terms["log_likelihood"] + kl_weight * penalty, rel=1e-5)
+
+
+def test_minibatch_elbos_average_to_that_of_the_full_batch(network):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 60, (20, 7), generator=generator)
+    labels = torch.randint(0, 2, (20,), generator=generator)
+    model, guide = pair(network, num_examples=20)
+    model.eval()
+    gates = guide.decision()
+    elbo = TraceMeanField_ELBO()
+
+    def loss(rows):
+        inputs = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows])}
+        return elbo.loss(model, guide, inputs, labels[rows], 1.0, gates)
+
+    parts = [loss(slice(i, i + 5)) for i in range(0, 20, 5)]
+    assert sum(parts) / 4 == pytest.approx(loss(slice(None)), rel=1e-6)
+    assert max(parts) - min(parts) > 1e-2  # the parts do differ
+
+
+def test_with_no_data_the_guide_returns_to_an_asymmetric_prior(network, batch):
+    """Both gate families of the model, and the normal adapter weights, without a likelihood."""
+    gates = IndependentGates(rank_logits=-1.3, bit_logits=lambda layer: 0.01 * layer.out_features)
+    priors = Priors(adapter_weight_scale=0.4, gates=gates)
+    model, guide = pair(network, priors=priors, normal_weights=True)
+    no_data = poutine.block(model, hide=["label"])
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.05)
+    elbo = TraceMeanField_ELBO()
+    model.network.forward = lambda batch, latents: torch.zeros(5, 2)  # nothing to learn from
+    for step in range(900):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - step / 900)
+        loss = elbo.differentiable_loss(no_data, guide, batch, LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    near = {"atol": 2e-3, "rtol": 0}
+    torch.testing.assert_close(guide.rank_logits.detach(), model.rank_prior_logits, **near)
+    torch.testing.assert_close(guide.bit_logits.detach(), model.bit_prior_logits, **near)
+    torch.testing.assert_close(guide.loc.detach(), torch.zeros_like(guide.loc), **near)
+    scale = guide.log_scale.detach().exp()
+    torch.testing.assert_close(scale, torch.full_like(scale, 0.4), **near)
+
+
+def test_cost_weighted_logits_fall_by_price_times_what_opening_adds(network):
+    prior = CostWeightedGates(rank_logits=0.5, bit_logits=-0.2, price=300.0)
+    rank_logits, bit_logits = prior.logits(network)
+    closed = torch.ones(network.rank_gate_shape)
+    closed[4, 1] = 0  # components 2 and 3 of layer 4
+    full_bits = torch.ones(network.bit_gate_shape)
+    added = relative_bops(network, torch.ones_like(closed), full_bits) - relative_bops(
+        network, closed, full_bits
+    )
+    assert float(rank_logits[4, 1]) == pytest.approx(0.5 - 300 * float(added), abs=2e-4)
+    assert (bit_logits < -0.2).all()
+
+
+def test_gibbs_factor_is_price_times_share_and_a_budget_moves_the_price(network):
+    prior = GibbsGates(price=200.0, budget=0.05)
+    half = torch.full(network.bit_gate_shape, 0.5)
+    share = relative_bops(network, None, half)
+    torch.testing.assert_close(prior.log_factor(network, None, half), -200 * share)
+    prior.ascend(expected_share=0.10, rate=0.05)
+    assert prior.price > 200
+    for _ in range(3):
+        prior.ascend(expected_share=0.01, rate=0.05)
+    assert prior.price < 200
+    fixed = GibbsGates(price=200.0)
+    fixed.ascend(expected_share=0.9, rate=0.05)
+    assert fixed.price == 200
+
+
+@pytest.mark.parametrize(("rank_gates", "bit_gates"), [(True, False), (False, True)])
+def test_a_method_has_only_its_own_gates(network, batch, rank_gates, bit_gates):
+    model, guide = pair(network, rank_gates=rank_gates, bit_gates=bit_gates)
+    trace = poutine.trace(model).get_trace(batch, LABELS)
+    assert ("rank_gate" in trace.nodes) == rank_gates
+    assert ("bit_gate" in trace.nodes) == bit_gates
+    decision = guide.decision()
+    assert (decision.rank_gate is None, decision.bit_gate is None) == (
+        not rank_gates,
+        not bit_gates,
+    )
+
+
+def test_decision_is_the_posterior_median(network):
+    _, guide = pair(network)
+    with torch.no_grad():
+        guide.rank_logits[0] = torch.tensor([0.9, 0.8, 0.7]).logit()  # products .9 .72 .504
+        guide.rank_logits[1] = torch.tensor([0.9, 0.5, 0.99]).logit()  # products .9 .45 .44
+        guide.bit_logits[0, 0] = torch.tensor([0.6, 0.6, 0.99]).logit()  # products .6 .36 .36
+    decision = guide.decision()
+    assert decision.rank_gate[:2].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert decision.bit_gate[0, 0].tolist() == [1, 0, 0]
+
+
+def test_gates_held_fixed_are_not_sampled(network, batch):
+    model, guide = pair(network)
+    fixed = Gates(torch.ones(12, 3), torch.ones(12, 6, 3))
+    for program in (model, guide):
+        trace = poutine.trace(program).get_trace(batch, LABELS, 1.0, fixed)
+        assert "rank_gate" not in trace.nodes
+        assert "bit_gate" not in trace.nodes
+
+
+def test_regression_learns_its_noise():
+    likelihood = Regression()
+    data = 3.0 + 0.5 * torch.randn(4000)
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
+    for _ in range(200):
+        loss = -likelihood(torch.full((4000, 1), 3.0)).log_prob(data).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noise = float(likelihood.log_noise.detach().exp())
+    assert noise == pytest.approx(float((data - 3).square().mean().sqrt()), rel=1e-3)
+
+
+def test_quantizing_before_calibration_is_an_error(backbone, batch):
+    network = AdaptedNetwork(backbone(), rank=3)
+    model, _ = pair(network)
+    with pytest.raises(RuntimeError, match="calibrate"):
+        model(batch)
