@@ -76,8 +76,8 @@ def quantize(x: Tensor, limit: Tensor, bits: int) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> quantize(torch.tensor([-2.0, -0.3, 0.1, 0.4]), torch.tensor(1.5), bits=2)
-    tensor([-1.,  0.,  0.,  0.])
+    >>> quantize(torch.tensor([-2.0, 0.1, 0.4, 0.9]), torch.tensor(1.5), bits=2)
+    tensor([-1.,  0.,  0.,  1.])
     """
     if bits >= 32:
         return x.clone()

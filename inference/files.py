@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,6 +51,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a PNG picture whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=150)
     os.replace(partial, path)
 
 

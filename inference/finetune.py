@@ -3,8 +3,8 @@
     config -> data -> network with adapters -> model and guide -> SVI -> decision -> metrics
 
 What the output folder holds afterwards: config.yaml, history.csv (nats per example, one line a
-step), metrics.json, table.txt, guide.safetensors (posterior of weights and gates) and
-head.safetensors (trained head, likelihood, quantizer ranges).
+step), metrics.json, table.txt, rank_and_bits.png, guide.safetensors (posterior of weights and
+gates) and head.safetensors (trained head, likelihood, ranges of the quantizers).
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.elbo import KL_TERMS
-from bayes_lora.inference.files import check_free, open_folder, write_tensors, write_text
+from bayes_lora.inference.files import (
+    check_free,
+    open_folder,
+    write_figure,
+    write_tensors,
+    write_text,
+)
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.phases import plan
+from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.table import rank_and_bits_table
 from bayes_lora.inference.train import Optimisation, Record, fit, gate_learning_rate
@@ -50,6 +57,7 @@ OUTPUTS = (
     "history.csv",
     "metrics.json",
     "table.txt",
+    "rank_and_bits.png",
     "guide.safetensors",
     "head.safetensors",
 )
@@ -155,8 +163,12 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         "seconds": time.monotonic() - started,
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    table = rank_and_bits_table(model.network, guide.open_probabilities(), gates)
+    probabilities = guide.open_probabilities()
+    table = rank_and_bits_table(model.network, probabilities, gates)
     write_text(folder / "table.txt", table)
+    if model.rank_gates or model.bit_gates:
+        picture = plot_rank_and_bits(model.network, probabilities)
+        write_figure(folder / "rank_and_bits.png", picture)
     return metrics
 
 

@@ -14,6 +14,7 @@ without gates, `lora`, settles from the first step to the last.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 GateMode = Literal["open", "sampled", "decided"]
@@ -68,11 +69,12 @@ def plan(total_steps: int, shares: tuple[float, float, float], gated: bool) -> l
     """
     if not gated:
         return [Phase("settle", "decided", total_steps)]
-    warmup, anneal, joint = (round(share * total_steps) for share in shares)
+    ends = [round(share * total_steps) for share in accumulate(shares)]
+    warmup_end, anneal_end, joint_end = (min(end, total_steps) for end in ends)
     phases = [
-        Phase("warmup", "open", warmup),
-        Phase("anneal", "sampled", anneal),
-        Phase("joint", "sampled", joint),
-        Phase("settle", "decided", total_steps - warmup - anneal - joint),
+        Phase("warmup", "open", warmup_end),
+        Phase("anneal", "sampled", anneal_end - warmup_end),
+        Phase("joint", "sampled", joint_end - anneal_end),
+        Phase("settle", "decided", total_steps - joint_end),
     ]
     return [phase for phase in phases if phase.steps > 0]

@@ -17,10 +17,11 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from bayes_lora.distributions import HardConcrete, PointMass
+from bayes_lora.distributions import HardConcrete
 from bayes_lora.gates import nested
 from bayes_lora.models.model import TEMPERATURE, BayesianLoRA, Gates, scaled
 from bayes_lora.network import Batch
+from bayes_lora.point_mass import PointMass
 
 INITIAL_LOGIT = 4.0
 """Logit that every gate starts from: open with probability 0.98, and not beyond reach."""

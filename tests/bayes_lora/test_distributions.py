@@ -9,7 +9,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
-from bayes_lora.distributions import HardConcrete, PointMass
+from bayes_lora.distributions import HardConcrete
+from bayes_lora.point_mass import PointMass
 
 PAIRS = [(2.0, -1.0), (6.0, -3.0), (12.0, -1.0), (-3.0, 0.5), (0.3, 4.0), (1.0, 1.2)]
 # a_q, a_p, hard concrete KL, relaxed Bernoulli KL at temperature 2/3, in nats
