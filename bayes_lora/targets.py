@@ -82,10 +82,6 @@ def select_targets(backbone: nn.Module, target_modules: str) -> dict[str, nn.Lin
     return chosen
 
 
-def freeze_all_but_head(backbone: nn.Module) -> None:
-    """Freeze the encoder; the head, and the pooler before it, stay trainable."""
-    encoder = getattr(backbone, "base_model", backbone)
-    encoder.requires_grad_(False)
-    pooler = getattr(encoder, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        pooler.requires_grad_(True)
+def freeze_encoder(backbone: nn.Module) -> None:
+    """Freeze the encoder, `backbone.base_model`; the head outside it stays trainable."""
+    getattr(backbone, "base_model", backbone).requires_grad_(False)

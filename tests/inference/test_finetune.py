@@ -144,16 +144,21 @@ def test_regression_by_inference_from_float_labels(command, inputs, tmp_path):
     assert float(head["likelihood.log_noise"]) != 0
 
 
-def test_loss_goes_down_and_a_high_price_buys_fewer_bits(command, tmp_path):
+def test_the_loss_goes_down_with_real_weights_and_all_gates(tmp_path):
+    """The embedded task on MiniLM, whose frozen features leave it at chance (0.69 nats)."""
+    arguments = ["--epochs", "1.6", "--warmup_share", "0.7", "--anneal_share", "0.1", "--joint_share", "0.1"]
+    assert main(["finetune", "--output_dir", str(tmp_path / "run"), *arguments]) == 0
+    history = read_history(tmp_path / "run")
+    log_likelihood = [float(row["log_likelihood"]) for row in history]
+    assert sum(log_likelihood[-10:]) / 10 > -0.6
+    assert sum(log_likelihood[:10]) / 10 < -0.65
+
+
+def test_a_high_price_buys_fewer_bits(command, tmp_path):
     share = {}
     for price in (0, 3000):
-        code, _, err = command(
-            price=price, epochs=20, learning_rate=0.01, output_dir=tmp_path / str(price)
-        )
+        code, _, err = command(price=price, epochs=20, output_dir=tmp_path / str(price))
         assert code == 0, err
-        history = read_history(tmp_path / str(price))
-        log_likelihood = [float(row["log_likelihood"]) for row in history]
-        assert sum(log_likelihood[-12:]) > sum(log_likelihood[:12])
         metrics = json.loads((tmp_path / str(price) / "metrics.json").read_text())
         share[price] = metrics["relative_bops_32"]
     assert share[3000] < 0.5 * share[0]
