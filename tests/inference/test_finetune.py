@@ -146,7 +146,8 @@ def test_regression_by_inference_from_float_labels(command, inputs, tmp_path):
 
 def test_the_loss_goes_down_with_real_weights_and_all_gates(tmp_path):
     """The embedded task on MiniLM, whose frozen features leave it at chance (0.69 nats)."""
-    arguments = ["--epochs", "1.6", "--warmup_share", "0.7", "--anneal_share", "0.1", "--joint_share", "0.1"]
+    settings = {"epochs": 1.6, "warmup_share": 0.7, "anneal_share": 0.1, "joint_share": 0.1}
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     assert main(["finetune", "--output_dir", str(tmp_path / "run"), *arguments]) == 0
     history = read_history(tmp_path / "run")
     log_likelihood = [float(row["log_likelihood"]) for row in history]
