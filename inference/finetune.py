@@ -14,6 +14,7 @@ import json
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
     open_folder(folder, OUTPUTS)
     write_text(folder / "config.yaml", config.to_yaml())
     last: dict[str, Any] = {}
+    last_epoch: deque[float] = deque(maxlen=len(train_loader))
     unsettled: dict[str, float] = {}
     with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
         history = csv.DictWriter(file, HISTORY_COLUMNS, restval="")
@@ -142,6 +144,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
             history.writerow(record)
             file.flush()
             last.update(record)
+            last_epoch.append(float(record["log_likelihood"]))
 
         def on_decision(gates: Gates) -> None:
             unsettled.update(evaluate(gates))
@@ -157,7 +160,8 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
     metrics = {
         **evaluate(gates),
         "score_before_settling": unsettled["score"],
-        **{name: last[name] * len(train) for name in ("log_likelihood", *KL_TERMS) if name in last},
+        "log_likelihood": sum(last_epoch) / len(last_epoch) * len(train),  # of the training set
+        **{name: last[name] * len(train) for name in KL_TERMS if name in last},
         **size(model.network, gates),
         "price": last["price"],
         "seconds": time.monotonic() - started,

@@ -78,4 +78,4 @@ def _grid(network: AdaptedNetwork) -> tuple[list[int], list[int], list[str]]:
     kinds = list(dict.fromkeys(spec.kind for spec in network.specs))
     rows = [int(re.findall(r"\.(\d+)\.", spec.path)[0]) for spec in network.specs]
     columns = [kinds.index(spec.kind) for spec in network.specs]
-    return rows, columns, [kind.replace("attention.", "").replace("self.", "") for kind in kinds]
+    return rows, columns, [kind.replace("attention.self.", "") for kind in kinds]
