@@ -114,6 +114,16 @@ def test_a_run_leaves_everything_it_promises(method, command, tmp_path):
     assert "network.backbone.classifier.weight" in load_file(run / "head.safetensors")
 
 
+def test_a_normal_posterior_of_the_adapter_weights_is_kept(command, tmp_path):
+    code, _, err = command(weight_posterior="normal", weight_prior_scale=0.1)
+    assert code == 0, err
+    guide = load_file(tmp_path / "run" / "guide.safetensors")
+    assert guide["log_scale"].shape == guide["loc"].shape
+    assert guide["log_scale"].unique().numel() > 1  # it was trained
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["kl_adapter_weights"] > 0
+
+
 def test_same_seed_same_history_and_another_seed_another(command, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert command(seed=seed, output_dir=tmp_path / name)[0] == 0

@@ -1,0 +1,61 @@
+"""Score and bit operations of plain LoRA and of the gated model, over seeds.
+
+    python benchmarks/quality.py --task mrpc --data_dir DIR --output_dir runs/mrpc --seeds 0 1 2
+
+Every cell is one `bayes-lora finetune`; a cell that has its metrics.json is not trained again.
+Options that this script does not know go to finetune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+COLUMNS = (
+    "score", "nll", "ece", "relative_bops_32", "relative_bops_16", "mean_rank",
+    "mean_bits_weight", "mean_bits_input", "score_before_settling", "seconds",
+)  # fmt: skip
+
+
+def train(method: str, seed: int, folder: Path, options: list[str]) -> dict[str, float]:
+    """Metrics of one run, trained now unless they are there."""
+    if not (folder / "metrics.json").exists():
+        command = [sys.executable, "-m", "bayes_lora.inference.finetune", "--method", method]
+        command += ["--seed", str(seed), "--output_dir", str(folder), "--overwrite", *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    """Train all cells, print the table, write it as CSV into the output folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--methods", nargs="+", default=["lora", "qr"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    arguments, options = parser.parse_known_args()
+    rows = []
+    for seed in arguments.seeds:
+        for method in arguments.methods:
+            folder = arguments.output_dir / f"{method}-{seed}"
+            metrics = train(method, seed, folder, options)
+            rows.append({"method": method, "seed": seed} | {c: metrics[c] for c in COLUMNS})
+    with (arguments.output_dir / "quality.csv").open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# python benchmarks/quality.py {shlex.join(sys.argv[1:])}\n")
+        writer = csv.DictWriter(file, ["method", "seed", *COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"| method | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    for method in arguments.methods:
+        cells = [[float(r[c]) for r in rows if r["method"] == method] for c in COLUMNS]
+        texts = [f"{mean(v):.4g}" + (f" ± {stdev(v):.2g}" if len(v) > 1 else "") for v in cells]
+        print(f"| {method} | {' | '.join(texts)} |")
+
+
+if __name__ == "__main__":
+    main()
