@@ -147,7 +147,8 @@ class FinetuneConfig:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        options = ", ".join(sorted(o for o in self._option_string_actions if o.startswith("--")))
+        names = (o for o in self._option_string_actions if o.startswith("--"))
+        options = ", ".join(sorted(name for name in names if "-" not in name[2:]))
         hint = f"; options: {options}" if "unrecognized" in message else ""
         raise InputError(f"{message}{hint}")
 

@@ -116,33 +116,33 @@ def fit(
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = _forever(loader)
     fixed: Gates | None = Gates()
-    steps, progress = count(), tqdm(total=total_steps, disable=None, unit="step")
-    for phase in phases:
-        if phase.gates != "open" and model.bit_gates:
-            calibrate(model, guide, islice(in_order, CALIBRATION_BATCHES))
-        if phase.gates == "sampled":
-            fixed = None
-        elif phase.gates == "decided":
-            fixed = guide.decision()
-            on_decision(fixed)
-        for step in range(phase.steps):
-            kl_weight = phase.kl_weight(step)
-            batch = dict(next(batches))
-            loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
-            record = _record(next(steps), phase.name, kl_weight, loss, elbo, model, guide)
-            _check_finite(loss, record)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
-            _check_finite(norm, record)
-            optimizer.step()
-            scheduler.step()
-            if phase.gates == "sampled" and isinstance(model.priors.gates, GibbsGates):
-                model.priors.gates.ascend(float(record["expected_bops"]), PRICE_RATE)
-            on_step(record)
-            progress.update()
-            progress.set_postfix_str(_summary(record), refresh=False)
-    progress.close()
+    steps = count()
+    with tqdm(total=total_steps, disable=None, unit="step") as progress:
+        for phase in phases:
+            if phase.gates != "open" and model.bit_gates:
+                calibrate(model, guide, islice(in_order, CALIBRATION_BATCHES))
+            if phase.gates == "sampled":
+                fixed = None
+            elif phase.gates == "decided":
+                fixed = guide.decision()
+                on_decision(fixed)
+            for step in range(phase.steps):
+                kl_weight = phase.kl_weight(step)
+                batch = dict(next(batches))
+                loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
+                record = _record(next(steps), phase.name, kl_weight, loss, elbo, model, guide)
+                _check_finite(loss, record)
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
+                _check_finite(norm, record)
+                optimizer.step()
+                scheduler.step()
+                if phase.gates == "sampled" and isinstance(model.priors.gates, GibbsGates):
+                    model.priors.gates.ascend(float(record["expected_bops"]), PRICE_RATE)
+                on_step(record)
+                progress.set_postfix_str(_summary(record), refresh=False)
+                progress.update()
     return fixed if fixed is not None else guide.decision()
 
 

@@ -188,7 +188,10 @@ def test_a_budget_is_approached_by_its_price(command, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"no_such_option": 1}, "unrecognized arguments.*--rank"),
+        (
+            {"no_such_option": 1},
+            "unrecognized arguments: --no_such_option 1; options: --alpha, .*--rank",
+        ),
         ({"rank": 0}, "rank is 0: give at least 1"),
         ({"rank": "many"}, "invalid int value"),
         ({"method": "best"}, "invalid choice"),
