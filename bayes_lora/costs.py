@@ -10,7 +10,8 @@ with r the effective rank, sum_k g_k. Linear layers of the encoder without an ad
 sequence, are left out, on both sides of every ratio.
 
 The function is multilinear in the gates. So it takes draws, decisions, and open probabilities
-alike; for the latter, gates being independent in the guide, it is the exact expectation.
+alike; for the latter it is the exact expectation over gates that are open or closed,
+independently, with these probabilities.
 
 Sources: van Baalen et al., arXiv 2005.07093; Meo et al., arXiv 2406.13046.
 """
@@ -42,7 +43,7 @@ def tensor_bits(network: AdaptedNetwork, bit_gate: Tensor | None) -> dict[str, T
         Mean bits under the level weights, by tensor kind, each of shape (L,).
     """
     layers = len(network.specs)
-    device = None if bit_gate is None else bit_gate.device
+    device = network.device if bit_gate is None else bit_gate.device
     bits = {
         tensor: torch.full((layers,), float(FULL_BITS), device=device)
         for tensor in ("weight", "A", "e", "B", "input", "hidden")

@@ -154,10 +154,13 @@ class AdaptedLinear(nn.Module):
         """
         if not self.calibrated:  # the weight is frozen: once is enough
             self.weight_limits.copy_(searched_limits(self.base.weight, (1,), self.bits))
+        draw = torch.Generator().manual_seed(0)
         for limits, sample in (
             (self.input_limits, inputs.flatten()),
             (self.hidden_limits, linear(inputs, lora_A).flatten()),
         ):
-            some = sample[:: max(1, len(sample) // SEARCH_SAMPLE)]
+            # drawn, for a stride would see the same few features of every token
+            chosen = torch.randint(len(sample), (SEARCH_SAMPLE,), generator=draw)
+            some = sample[chosen.to(sample.device)]
             limits.copy_(searched_limits(some, (0,), self.bits, largest_value(sample, (0,)))[:, 0])
         self.calibrated = True

@@ -135,6 +135,11 @@ class AdaptedNetwork(nn.Module):
         return len(self.specs), len(self.quantized_tensors), self.num_levels
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.backbone.parameters()).device
+
+    @property
     def bits(self) -> tuple[int, ...]:
         """Bit widths that the levels choose from."""
         return level_bits(self.num_levels)

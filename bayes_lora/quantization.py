@@ -241,13 +241,15 @@ def gaussian_limits(x: Tensor, dims: Sequence[int], bits: Sequence[int]) -> Tens
     Returns
     -------
     Tensor
-        min(largest value, `GAUSSIAN_RANGE` times root mean square); from 16 bits on the
-        largest value. Shape (len(bits), ...) with size one along `dims`.
+        `GAUSSIAN_RANGE` times root mean square, or the range whose topmost grid point is the
+        largest value, if that is smaller or the grid has 16 bits. Shape (len(bits), ...) with
+        size one along `dims`.
     """
     largest = largest_value(x, dims)
     rms = x.square().mean(tuple(dims), keepdim=True).sqrt()
-    limits = [
-        torch.minimum(largest, GAUSSIAN_RANGE[b] * rms) if b in GAUSSIAN_RANGE else largest
-        for b in bits
-    ]
+    limits = []
+    for b in bits:
+        covering = largest * ((2**b - 1) / (2**b - 2))  # its topmost point is the largest value
+        normal = GAUSSIAN_RANGE[b] * rms if b in GAUSSIAN_RANGE else covering
+        limits.append(torch.minimum(covering, normal))
     return torch.stack(limits).clamp_min(1e-8)

@@ -55,8 +55,12 @@ class PosteriorConfig:
     weight_posterior: Literal["delta", "normal"] = _option(
         "delta", "posterior of the adapter weights: a point (MAP) or mean-field normal"
     )
-    weight_prior_scale: float = _option(1.0, "prior standard deviation of adapter weights")
-    price: float = _option(1000.0, "nats of log likelihood that all bit operations are worth")
+    weight_prior_scale: float | None = _option(
+        None, "prior standard deviation of adapter weights; default: as in models/priors.py"
+    )
+    price: float | None = _option(
+        None, "nats that all bit operations are worth; default: as in models/priors.py"
+    )
     target_bops: float | None = _option(
         None, "share of 32-bit operations to meet in expectation; the price is then found"
     )
@@ -121,11 +125,16 @@ class FinetuneConfig:
                 training.gate_learning_rate is None or training.gate_learning_rate > 0
             ),
             f"weight_prior_scale is {posterior.weight_prior_scale}: give a number > 0": (
-                posterior.weight_prior_scale > 0
+                posterior.weight_prior_scale is None or posterior.weight_prior_scale > 0
             ),
-            f"price is {posterior.price}: give a number >= 0": posterior.price >= 0,
+            f"price is {posterior.price}: give a number >= 0": (
+                posterior.price is None or posterior.price >= 0
+            ),
             f"target_bops is {posterior.target_bops}: give a share in (0, 1)": (
                 posterior.target_bops is None or 0 < posterior.target_bops < 1
+            ),
+            "price and target_bops exclude each other: give one": (
+                posterior.price is None or posterior.target_bops is None
             ),
             f"phase shares are {shares}: none below 0, their sum at most 1": (
                 min(shares) >= 0 and sum(shares) <= 1

@@ -121,10 +121,10 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         (settings.warmup_share, settings.anneal_share, settings.joint_share),
         gated=model.rank_gates or model.bit_gates,
     )
-    if settings.gate_learning_rate is None:
-        settings.gate_learning_rate = gate_learning_rate(phases)
     optimisation = Optimisation(
-        settings.learning_rate, settings.gate_learning_rate, settings.max_grad_norm
+        settings.learning_rate,
+        settings.gate_learning_rate or gate_learning_rate(phases),
+        settings.max_grad_norm,
     )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
 
@@ -161,9 +161,10 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         **evaluate(gates),
         "score_before_settling": unsettled["score"],
         "log_likelihood": sum(last_epoch) / len(last_epoch) * len(train),  # of the training set
-        **{name: last[name] * len(train) for name in KL_TERMS if name in last},
+        **{name: last[name] * len(train) for name in (*KL_TERMS, "energy") if name in last},
         **size(model.network, gates),
         "price": last["price"],
+        "gate_learning_rate": optimisation.gate_learning_rate,
         "seconds": time.monotonic() - started,
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -207,10 +208,13 @@ def build(
         num_levels=settings.max_bits.bit_length() - 2,
         structure={"nested": nested, "independent": independent}[posterior.rank_structure],
     )
-    priors = Priors(
-        adapter_weight_scale=posterior.weight_prior_scale,
-        gates=GibbsGates(price=posterior.price, budget=posterior.target_bops),
-    )
+    priors = Priors()  # as the page says, but for what the command line says
+    if posterior.weight_prior_scale is not None:
+        priors.adapter_weight_scale = posterior.weight_prior_scale
+    if posterior.price is not None:
+        priors.gates = GibbsGates(price=posterior.price)
+    if posterior.target_bops is not None:
+        priors.gates = GibbsGates(budget=posterior.target_bops)
     model = BayesianLoRA(
         network,
         Regression() if regression else Classification(),

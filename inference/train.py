@@ -116,6 +116,7 @@ def fit(
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = _forever(loader)
     fixed: Gates | None = Gates()
+    model.train()  # from_pretrained leaves a backbone without dropout
     steps = count()
     with tqdm(total=total_steps, disable=None, unit="step") as progress:
         for phase in phases:
@@ -134,16 +135,21 @@ def fit(
                 _check_finite(loss, record)
                 optimizer.zero_grad()
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(module.parameters(), optimisation.max_grad_norm)
-                _check_finite(norm, record)
+                for group in optimizer.param_groups:  # apart: a price must not slow the weights
+                    norm = accelerator.clip_grad_norm_(group["params"], optimisation.max_grad_norm)
+                    _check_finite(norm, record)
                 optimizer.step()
                 scheduler.step()
-                if phase.gates == "sampled" and isinstance(model.priors.gates, GibbsGates):
+                # not before: while the KL weight rises, the price has only part of its effect
+                if phase.name == "joint" and isinstance(model.priors.gates, GibbsGates):
                     model.priors.gates.ascend(float(record["expected_bops"]), PRICE_RATE)
                 on_step(record)
                 progress.set_postfix_str(_summary(record), refresh=False)
                 progress.update()
-    return fixed if fixed is not None else guide.decision()
+    if fixed is None:  # nothing settled
+        fixed = guide.decision()
+        on_decision(fixed)
+    return fixed
 
 
 @torch.no_grad()

@@ -60,8 +60,8 @@ class Priors:
 
     def adapter_weights(self, network: AdaptedNetwork) -> TorchDistribution:
         """Prior of the flat vector, event shape (P,)."""
-        normal = dist.Normal(0.0, self.adapter_weight_scale)
-        return normal.expand([network.num_adapter_weights]).to_event(1)
+        scale = torch.tensor(self.adapter_weight_scale, device=network.device)
+        return dist.Normal(0 * scale, scale).expand([network.num_adapter_weights]).to_event(1)
 
 
 class GatePrior(Protocol):

@@ -85,9 +85,9 @@ def test_quantized_layer_equals_the_formula(network, batch, adapter_weights):
         return (value / step).round().clamp(-127, 127) * step
 
     def own(value, dim):
-        largest = value.abs().amax(dim, keepdim=True)
+        covering = value.abs().amax(dim, keepdim=True) * 255 / 254
         rms = value.square().mean(dim, keepdim=True).sqrt()
-        return q(value, torch.minimum(largest, 3.93 * rms))
+        return q(value, torch.minimum(covering, 3.93 * rms))
 
     A, e, B = lent.lora_A, lent.lora_e, lent.lora_B
     x = q(x, layer.input_limits[2])

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from bayes_lora.inference.agreement import generate
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.finetune import OUTPUTS
+from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 
 
@@ -234,6 +235,40 @@ def test_a_run_is_not_overwritten_without_being_told(command, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
     assert command(epochs=1, overwrite="true", seed=9)[0] == 0
     assert (tmp_path / "run" / "history.csv").read_bytes() != before["history.csv"]
+
+
+def test_a_run_too_short_to_settle_is_decided_and_reported_all_the_same(command, tmp_path):
+    code, _, err = command(epochs=0.1)  # one step
+    assert code == 0, err
+    assert "score_before_settling" in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_the_page_of_priors_is_what_the_command_uses(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(Priors.__init__, "__defaults__", (0.5, *Priors.__init__.__defaults__[1:]))
+    assert command(epochs=1, method="r")[0] == 0
+    assert command(epochs=1, method="r", weight_prior_scale=1, output_dir=tmp_path / "b")[0] == 0
+    first, second = (
+        json.loads((tmp_path / name / "metrics.json").read_text())["kl_adapter_weights"]
+        for name in ("run", "b")
+    )
+    assert first < second - 1  # log 0.5 a weight, and a little for their size
+
+
+def test_every_method_trains_with_the_same_dropout(command, monkeypatch):
+    """A pretrained backbone arrives without dropout; no method may be left so."""
+    modes: dict[str, set[bool]] = {}
+    forward = AdaptedNetwork.forward
+
+    def watch(self, batch, latents):
+        if torch.is_grad_enabled():
+            modes[method].add(self.backbone.bert.encoder.layer[0].output.dropout.training)
+        return forward(self, batch, latents)
+
+    monkeypatch.setattr(AdaptedNetwork, "forward", watch)
+    for method in ("qr", "r", "lora"):
+        modes[method] = set()
+        assert command(method=method, overwrite="true")[0] == 0
+    assert modes == {"qr": {True}, "r": {True}, "lora": {True}}
 
 
 def test_unknown_keys_of_a_configuration_file_are_listed(command, tmp_path):
