@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bayes_lora.gates import expected_bits
+from bayes_lora.layers import TENSORS
 from bayes_lora.network import AdaptedNetwork
 
 FULL_BITS = 32
@@ -44,10 +45,7 @@ def tensor_bits(network: AdaptedNetwork, bit_gate: Tensor | None) -> dict[str, T
     """
     layers = len(network.specs)
     device = network.device if bit_gate is None else bit_gate.device
-    bits = {
-        tensor: torch.full((layers,), float(FULL_BITS), device=device)
-        for tensor in ("weight", "A", "e", "B", "input", "hidden")
-    }
+    bits = {tensor: torch.full((layers,), float(FULL_BITS), device=device) for tensor in TENSORS}
     if bit_gate is not None:
         bits |= zip(network.quantized_tensors, expected_bits(bit_gate).unbind(-1), strict=True)
     return bits
