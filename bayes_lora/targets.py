@@ -27,9 +27,14 @@ class LayerSpec:
     out_features: int
 
     @property
+    def block(self) -> str:
+        """Path of the repeated block that the layer is in: `bert.encoder.layer.0`."""
+        return re.match(r"(.*?\.\d+)?", self.path)[0]  # type: ignore[index]
+
+    @property
     def kind(self) -> str:
         """Path within its block, the same for all blocks: `attention.self.query`."""
-        return re.split(r"\.\d+\.", self.path)[-1]
+        return self.path[len(self.block) :].lstrip(".")
 
     def num_weights(self, rank: int) -> int:
         """Entries of A, e and B together."""

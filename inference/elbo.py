@@ -70,7 +70,10 @@ def elbo_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
         elif name == "bops":
             terms["energy"] = -cast(Unit, site["fn"]).log_factor.detach()
         elif not site["is_observed"]:
-            q, p = guide_trace.nodes[name]["fn"], site["fn"]
-            kl = kl_divergence(cast(Distribution, q), cast(Distribution, p))
+            mine = guide_trace.nodes[name]
+            try:
+                kl = kl_divergence(cast(Distribution, mine["fn"]), cast(Distribution, site["fn"]))
+            except NotImplementedError:  # the ELBO estimates it with the draw; so do we
+                kl = mine["unscaled_log_prob"] - site["unscaled_log_prob"]
             terms[f"kl_{name}"] = kl.sum().detach()
     return terms

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -50,15 +48,15 @@ def plot_rank_and_bits(network: AdaptedNetwork, probabilities: Gates) -> Figure:
                 )
     if not panels:
         raise ValueError("without gates there is nothing to show")
-    rows, columns, kinds = _grid(network)
-    height = 1.6 + 0.42 * (max(rows) + 1)
+    rows, columns, blocks, kinds = _grid(network)
+    height = 1.6 + 0.42 * len(blocks)
     figure = Figure(figsize=(1.2 + 3.4 * len(panels), height), layout="constrained")
     for axes, (title, distribution, values, top) in zip(
         figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
     ):
         mean = distribution @ values
         deviation = (distribution @ values.square() - mean.square()).clamp_min(0).sqrt()
-        picture: NDArray[np.float64] = np.full((max(rows) + 1, len(kinds)), np.nan)
+        picture: NDArray[np.float64] = np.full((len(blocks), len(kinds)), np.nan)
         picture[rows, columns] = mean.numpy()
         image = axes.imshow(picture, cmap="viridis", vmin=0, vmax=float(top), aspect="auto")
         for row, column, m, d in zip(rows, columns, mean.tolist(), deviation.tolist(), strict=True):
@@ -67,15 +65,18 @@ def plot_rank_and_bits(network: AdaptedNetwork, probabilities: Gates) -> Figure:
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=shade)
         axes.set_title(title, fontsize=10)
         axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=7)
-        axes.set_yticks(range(max(rows) + 1))
+        axes.set_yticks(range(len(blocks)), blocks)
         figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     figure.axes[0].set_ylabel("block")
     return figure
 
 
-def _grid(network: AdaptedNetwork) -> tuple[list[int], list[int], list[str]]:
-    """Row (block) and column (kind of layer) of every layer, and the kinds."""
+def _grid(network: AdaptedNetwork) -> tuple[list[int], list[int], list[str], list[str]]:
+    """Row (block) and column (kind of layer) of every layer, and the names of both."""
+    blocks = list(dict.fromkeys(spec.block for spec in network.specs))
     kinds = list(dict.fromkeys(spec.kind for spec in network.specs))
-    rows = [int(re.findall(r"\.(\d+)\.", spec.path)[0]) for spec in network.specs]
+    rows = [blocks.index(spec.block) for spec in network.specs]
     columns = [kinds.index(spec.kind) for spec in network.specs]
-    return rows, columns, [kind.replace("attention.self.", "") for kind in kinds]
+    short = [block.rpartition(".")[2] for block in blocks]
+    names = short if len(set(short)) == len(short) else blocks
+    return rows, columns, names, [kind.replace("attention.self.", "") for kind in kinds]

@@ -32,7 +32,10 @@ TRAVEL = 30.0
 and back. Over the number of those steps, this is the gates' learning rate."""
 
 CALIBRATION_BATCHES = 8
-PRICE_RATE = 0.05
+
+PRICE_TRAVEL = 8.0
+"""How far the log of the price of a budget can travel in the joint phase: 3000 times up or down."""
+
 Record = dict[str, float | str]
 
 
@@ -137,12 +140,14 @@ def fit(
                 accelerator.backward(loss)
                 for group in optimizer.param_groups:  # apart: a price must not slow the weights
                     norm = accelerator.clip_grad_norm_(group["params"], optimisation.max_grad_norm)
-                    _check_finite(norm, record)
+                    if accelerator.scaler is None:  # a scaler skips steps that overflow
+                        _check_finite(norm, record)
                 optimizer.step()
                 scheduler.step()
                 # not before: while the KL weight rises, the price has only part of its effect
                 if phase.name == "joint" and isinstance(model.priors.gates, GibbsGates):
-                    model.priors.gates.ascend(float(record["expected_bops"]), PRICE_RATE)
+                    rate = min(PRICE_TRAVEL / phase.steps, 1.0)
+                    model.priors.gates.ascend(float(record["expected_bops"]), rate)
                 on_step(record)
                 progress.set_postfix_str(_summary(record), refresh=False)
                 progress.update()

@@ -94,6 +94,22 @@ def test_terms_add_up_to_the_loss(network, batch, kl_weight):
     assert float(loss) == pytest.approx(-terms["log_likelihood"] + kl_weight * penalty, rel=1e-5)
 
 
+def test_a_prior_without_closed_form_divergence_is_estimated_as_pyro_does(network, batch):
+    class HeavyTailed(Priors):
+        def adapter_weights(self, network):
+            return (
+                pyro.distributions.StudentT(3.0).expand([network.num_adapter_weights]).to_event(1)
+            )
+
+    elbo = TermwiseELBO()
+    model, guide = pair(network, priors=HeavyTailed(), normal_weights=True)
+    loss = elbo.differentiable_loss(model, guide, batch, LABELS, 0.3)
+    penalty = sum(float(v) for name, v in elbo.terms.items() if name != "log_likelihood")
+    assert float(loss) == pytest.approx(
+        -float(elbo.terms["log_likelihood"]) + 0.3 * penalty, rel=1e-5
+    )
+
+
 def test_minibatch_elbos_average_to_that_of_the_full_batch(network):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 60, (20, 7), generator=generator)
