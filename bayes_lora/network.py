@@ -13,7 +13,7 @@ their shapes are checked: a gate of a wrong shape would broadcast in silence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,6 +72,9 @@ class AdaptedNetwork(nn.Module):
         Bit gates a tensor, K: widths 2, 4, ..., 2^(K+1).
     structure : {nested, independent}
         How rank gates weigh components.
+    trained_parameters : collection of str
+        Parameters of the encoder that are trained all the same, as those that a checkpoint
+        lacks and that were drawn at random. None inside a target layer.
 
     Raises
     ------
@@ -98,6 +101,7 @@ class AdaptedNetwork(nn.Module):
         quantized_tensors: Sequence[str] = TENSORS,
         num_levels: int = 3,
         structure: GateStructure = nested,
+        trained_parameters: Collection[str] = (),
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -109,7 +113,7 @@ class AdaptedNetwork(nn.Module):
         inside = linear_layers(backbone)
         targets = select_targets(backbone, target_modules)
         self.frozen_macs = sum(m.weight.numel() for p, m in inside.items() if p not in targets)
-        freeze_encoder(backbone)
+        freeze_encoder(backbone, but=trained_parameters)
         self.backbone = backbone
         self.specs: list[LayerSpec] = []
         self._layers: list[AdaptedLinear] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -87,6 +88,11 @@ def select_targets(backbone: nn.Module, target_modules: str) -> dict[str, nn.Lin
     return chosen
 
 
-def freeze_encoder(backbone: nn.Module) -> None:
-    """Freeze the encoder, `backbone.base_model`; the head outside it stays trainable."""
+def freeze_encoder(backbone: nn.Module, but: Collection[str] = ()) -> None:
+    """Freeze the encoder, `backbone.base_model`, but for the parameters of these names.
+
+    The head outside the encoder stays trainable.
+    """
     getattr(backbone, "base_model", backbone).requires_grad_(False)
+    for name in but:
+        backbone.get_parameter(name).requires_grad_(True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from bayes_lora.errors import InputError
+from bayes_lora.targets import linear_layers
 
 
 def default_backbone() -> str:
@@ -29,7 +31,25 @@ def default_backbone() -> str:
     return str(get_model_path())
 
 
-def load_backbone(name: str | None, num_labels: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+class Backbone(NamedTuple):
+    """A pretrained sequence classifier.
+
+    Attributes
+    ----------
+    model : Module
+        In float32.
+    tokenizer : PreTrainedTokenizerBase
+        The one it was trained with.
+    new_parameters : tuple of str
+        Names of what the checkpoint lacks, drawn at random: the head, often the pooler.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    new_parameters: tuple[str, ...]
+
+
+def load_backbone(name: str | None, num_labels: int) -> Backbone:
     """Load a sequence classifier and its tokenizer.
 
     Parameters
@@ -41,13 +61,14 @@ def load_backbone(name: str | None, num_labels: int) -> tuple[nn.Module, PreTrai
 
     Returns
     -------
-    tuple of Module and PreTrainedTokenizerBase
-        The model in float32, and the tokenizer.
+    Backbone
+        Model, tokenizer, and which parameters are not pretrained.
 
     Raises
     ------
     InputError
-        If the folder is no model, or the hub has none of that name or cannot be reached.
+        If the folder is no model, or the hub has none of that name or cannot be reached, or if
+        weights of the encoder's blocks are missing.
     """
     name = name or default_backbone()
     folder = Path(name)
@@ -55,10 +76,11 @@ def load_backbone(name: str | None, num_labels: int) -> tuple[nn.Module, PreTrai
         raise InputError(f"{name} is no model folder: it has no config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=num_labels,
             ignore_mismatched_sizes=True,  # the head of another task is drawn anew
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -69,4 +91,11 @@ def load_backbone(name: str | None, num_labels: int) -> tuple[nn.Module, PreTrai
             "--backbone a folder that holds the model"
         )
         raise InputError(f"cannot load backbone {name!r} ({reason}): {advice}") from error
-    return model.float(), tokenizer
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    new = tuple(key for key, _ in model.named_parameters() if key in absent)
+    if lost := [path for path in linear_layers(model) if f"{path}.weight" in new]:
+        raise InputError(
+            f"{name} lacks weights of its encoder ({lost[0]}, {len(lost)} layers in all): "
+            "is it a pretrained model of this architecture?"
+        )
+    return Backbone(model.float(), tokenizer, new)

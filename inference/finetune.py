@@ -30,7 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bayes_lora.costs import relative_bops, tensor_bits
 from bayes_lora.gates import independent, nested
-from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task, tokenize
@@ -100,10 +100,11 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
     check_free(folder, OUTPUTS, settings.overwrite)
     pyro.set_rng_seed(settings.seed)
     task, train, validation = load_task(config.data, settings.seed)
-    backbone, tokenizer = load_backbone(config.network.backbone, task.num_labels)
-    collate = transformers.DataCollatorWithPadding(tokenizer)
+    backbone = load_backbone(config.network.backbone, task.num_labels)
+    collate = transformers.DataCollatorWithPadding(backbone.tokenizer)
     train, validation = (
-        tokenize(part, task, tokenizer, config.data.max_length) for part in (train, validation)
+        tokenize(part, task, backbone.tokenizer, config.data.max_length)
+        for part in (train, validation)
     )
     train_loader = DataLoader(
         train,
@@ -182,7 +183,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
 
 
 def build(
-    config: FinetuneConfig, backbone: torch.nn.Module, num_examples: int, regression: bool
+    config: FinetuneConfig, backbone: Backbone, num_examples: int, regression: bool
 ) -> tuple[BayesianLoRA, GateGuide]:
     """Put model and guide together as configured.
 
@@ -190,8 +191,8 @@ def build(
     ----------
     config : FinetuneConfig
         Network, posterior and seed are looked at.
-    backbone : Module
-        The pretrained transformer; adapted in place.
+    backbone : Backbone
+        The pretrained transformer; its model is adapted in place.
     num_examples : int
         N, the size of the training set.
     regression : bool
@@ -204,13 +205,14 @@ def build(
     """
     settings, posterior = config.network, config.posterior
     network = AdaptedNetwork(
-        backbone,
+        backbone.model,
         rank=settings.rank,
         alpha=settings.alpha,
         target_modules=settings.target_modules,
         quantized_tensors=settings.quantized_tensors,
         num_levels=settings.max_bits.bit_length() - 2,
         structure={"nested": nested, "independent": independent}[posterior.rank_structure],
+        trained_parameters=backbone.new_parameters,
     )
     priors = Priors()  # as the page says, but for what the command line says
     if posterior.weight_prior_scale is not None:
