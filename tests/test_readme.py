@@ -4,12 +4,19 @@ import re
 import shlex
 from pathlib import Path
 
+import pyro
 import pytest
+import torch
+from pyro import infer
 
+from bayes_lora import network
 from bayes_lora.inference.config import parse
+from bayes_lora.models import guides, likelihoods, model, priors
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+NAMED_IN_README = (infer, guides, likelihoods, model, priors, network)
 COMMANDS = re.findall(r"^    bayes-lora finetune (.*)$", TEXT, flags=re.MULTILINE)
 
 
@@ -28,8 +35,23 @@ def test_the_demo_is_what_the_makefile_runs():
 
 
 def test_the_page_of_priors_runs():
-    block = next(b for b in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "Priors(" in b)
+    block = next(b for b in BLOCKS if "Priors(" in b)
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_diff_against_a_lora_loop_runs_and_so_does_plain_svi(backbone, batch):
+    diff = re.search(r"```diff\n(.*?)```", TEXT, re.DOTALL)[1]
+    ours = "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
+    svi = next(b for b in BLOCKS if "SVI(" in b)
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    names = {name: value for module in NAMED_IN_README for name, value in vars(module).items()}
+    names |= {"backbone": backbone(), "data": range(50), "first_batches": [batch], "pyro": pyro}
+    names |= {"loader": [batch | {"labels": labels} for _ in range(3)], "AdamW": torch.optim.AdamW}
+    exec(compile(ours, "README.md", "exec"), names)
+    before = names["guide"].loc.detach().clone()
+    assert torch.isfinite(names["loss"])
+    exec(compile(svi, "README.md", "exec"), names | {"batch": batch, "labels": labels})
+    assert not torch.equal(names["guide"].loc.detach(), before)
 
 
 def test_linked_files_exist():
