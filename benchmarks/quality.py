@@ -19,7 +19,7 @@ from statistics import mean, stdev
 
 COLUMNS = (
     "score", "nll", "ece", "relative_bops_32", "relative_bops_16", "mean_rank",
-    "mean_bits_weight", "mean_bits_input", "score_before_settling", "seconds",
+    "mean_bits_weight", "mean_bits_input", "score_before_settling",
 )  # fmt: skip
 
 
@@ -30,6 +30,13 @@ def train(method: str, seed: int, folder: Path, options: list[str]) -> dict[str,
         command += ["--seed", str(seed), "--output_dir", str(folder), "--overwrite", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+
+
+def summary(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds, as far as there are."""
+    if not values:
+        return ""
+    return f"{mean(values):.4g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -44,7 +51,7 @@ def main() -> None:
         for method in arguments.methods:
             folder = arguments.output_dir / f"{method}-{seed}"
             metrics = train(method, seed, folder, options)
-            rows.append({"method": method, "seed": seed} | {c: metrics[c] for c in COLUMNS})
+            rows.append({"method": method, "seed": seed} | {c: metrics.get(c, "") for c in COLUMNS})
     with (arguments.output_dir / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         file.write(f"# python benchmarks/quality.py {shlex.join(sys.argv[1:])}\n")
         writer = csv.DictWriter(file, ["method", "seed", *COLUMNS])
@@ -52,8 +59,9 @@ def main() -> None:
         writer.writerows(rows)
     print(f"| method | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for method in arguments.methods:
-        cells = [[float(r[c]) for r in rows if r["method"] == method] for c in COLUMNS]
-        texts = [f"{mean(v):.4g}" + (f" ± {stdev(v):.2g}" if len(v) > 1 else "") for v in cells]
+        mine = [row for row in rows if row["method"] == method]
+        cells = [[float(row[c]) for row in mine if row[c] != ""] for c in COLUMNS]
+        texts = [summary(values) for values in cells]
         print(f"| {method} | {' | '.join(texts)} |")
 
 

@@ -152,7 +152,8 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
             last_epoch.append(float(record["log_likelihood"]))
 
         def on_decision(gates: Gates) -> None:
-            unsettled.update(evaluate(gates))
+            if model.rank_gates or model.bit_gates:  # otherwise nothing is trained yet
+                unsettled["score_before_settling"] = evaluate(gates)["score"]
 
         try:
             gates = fit(
@@ -164,7 +165,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
 
     metrics = {
         **evaluate(gates),
-        "score_before_settling": unsettled["score"],
+        **unsettled,
         "log_likelihood": sum(last_epoch) / len(last_epoch) * len(train),  # of the training set
         **{name: last[name] * len(train) for name in (*KL_TERMS, "energy") if name in last},
         **size(model.network, gates),

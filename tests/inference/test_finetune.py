@@ -100,6 +100,7 @@ def test_a_run_leaves_everything_it_promises(method, command, tmp_path):
     assert promised <= set(metrics)
     if method == "lora":
         assert (metrics["relative_bops_32"], metrics["mean_rank"]) == (1, 3)
+    assert ("score_before_settling" in metrics) == (method != "lora")
     assert metrics["relative_bops_16"] == pytest.approx(4 * metrics["relative_bops_32"])
     history = read_history(run)
     assert [int(row["step"]) for row in history] == list(range(24))
