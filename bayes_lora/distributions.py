@@ -36,10 +36,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
-from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints, kl_divergence, register_kl
@@ -149,7 +148,14 @@ class HardConcrete(TorchDistribution):
         return (s * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats, of the broadcast shape of `value` and the batch shape."""
+        """Log density in nats, of the broadcast shape of `value` and the batch shape.
+
+        Raises
+        ------
+        TypeError
+            When it is differentiated at a value drawn by `rsample`, as `Trace_ELBO` would do:
+            that pathwise gradient is biased.
+        """
         if self._validate_args:
             self._validate_sample(value)
         interior = (value > 0) & (value < 1)
@@ -163,20 +169,10 @@ class HardConcrete(TorchDistribution):
         )
         closed = logsigmoid(-self.logit_at_one - self.logits)
         opened = logsigmoid(self.logits - self.logit_at_one)
-        return torch.where(interior, density, torch.where(value <= 0, closed, opened))
-
-    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
-        """Return the parts an ELBO uses, guarded against a biased pathwise gradient.
-
-        Raises
-        ------
-        TypeError
-            When the returned log density is differentiated, as `Trace_ELBO` would do.
-        """
-        parts = super().score_parts(x, *args, **kwargs)
-        if parts.log_prob.requires_grad:
-            parts.log_prob.register_hook(_refuse_pathwise_gradient)
-        return parts
+        log_density = torch.where(interior, density, torch.where(value <= 0, closed, opened))
+        if value.requires_grad:  # here and not in `score_parts`, which `to_event` would bypass
+            log_density.register_hook(_refuse_pathwise_gradient)
+        return log_density
 
 
 def _refuse_pathwise_gradient(gradient: Tensor) -> Tensor:

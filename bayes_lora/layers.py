@@ -81,8 +81,6 @@ class AdaptedLinear(nn.Module):
         Ranges of the frozen weight, one an output row: shape (K + 1, out, 1).
     input_limits, hidden_limits : Tensor
         Ranges of the activations, one a tensor: shape (K + 1,).
-    calibrated : bool
-        Whether the ranges are set; quantizing without them is a RuntimeError.
 
     Examples
     --------
@@ -106,12 +104,29 @@ class AdaptedLinear(nn.Module):
         self.scaling = scaling
         self.bits = level_bits(num_levels)
         self.latents: LayerLatents | None = None
-        self.calibrated = False
+        self._calibrated = False
         levels, device = num_levels + 1, base.weight.device
         unknown = torch.full((levels,), torch.inf, device=device)
         self.register_buffer("weight_limits", unknown[:, None, None].repeat(1, len(base.weight), 1))
         self.register_buffer("input_limits", unknown)
         self.register_buffer("hidden_limits", unknown.clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, shape (out, in); some networks look at its type."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, shape (out,)."""
+        return self.base.bias
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether all ranges are set, by `calibrate` or with a saved state."""
+        if not self._calibrated:  # asked of the device only until it holds
+            self._calibrated = bool(torch.isfinite(self.hidden_limits).all())
+        return self._calibrated
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -163,4 +178,3 @@ class AdaptedLinear(nn.Module):
             chosen = torch.randint(len(sample), (SEARCH_SAMPLE,), generator=draw)
             some = sample[chosen.to(sample.device)]
             limits.copy_(searched_limits(some, (0,), self.bits, largest_value(sample, (0,)))[:, 0])
-        self.calibrated = True

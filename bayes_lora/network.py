@@ -80,6 +80,8 @@ class AdaptedNetwork(nn.Module):
     ------
     InputError
         If the rank is below one, a quantized tensor is unknown, or no layer matches.
+    ValueError
+        If the backbone has adapters already, or is in half precision.
 
     Examples
     --------
@@ -110,6 +112,10 @@ class AdaptedNetwork(nn.Module):
             raise InputError(f"no such tensor: {sorted(unknown)}; there are {', '.join(TENSORS)}")
         self.rank, self.alpha, self.num_levels, self.structure = rank, alpha, num_levels, structure
         self.quantized_tensors = tuple(t for t in TENSORS if t in quantized_tensors)
+        if any(isinstance(module, AdaptedLinear) for module in backbone.modules()):
+            raise ValueError("this backbone has adapters already: load it anew")
+        if not all(p.dtype in (torch.float32, torch.float64) for p in backbone.parameters()):
+            raise ValueError("the backbone must be in float32, backbone.float(); autocast the rest")
         inside = linear_layers(backbone)
         targets = select_targets(backbone, target_modules)
         self.frozen_macs = sum(m.weight.numel() for p, m in inside.items() if p not in targets)
@@ -252,7 +258,7 @@ class AdaptedNetwork(nn.Module):
         Parameters
         ----------
         batches : iterable of mapping of str to Tensor
-            A few batches of training data.
+            A few batches of training data; none is a ValueError.
         adapter_weights : Tensor
             Flat vector, shape (P,).
         tokens_per_batch : int
@@ -271,13 +277,16 @@ class AdaptedNetwork(nn.Module):
         ]
         try:
             for batch in batches:
-                tokens = batch["attention_mask"].flatten().nonzero().flatten()
+                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+                tokens = mask.flatten().nonzero().flatten()
                 spread = torch.linspace(0, len(tokens) - 1, min(tokens_per_batch, len(tokens)))
                 chosen = tokens[spread.long().to(tokens.device)]
                 self(batch, Latents(adapter_weights))
         finally:
             for handle in handles:
                 handle.remove()
+        if not samples[0]:
+            raise ValueError("no batches to calibrate the quantizers with")
         factors = self.split_weights(adapter_weights)
         for layer, sample, (lora_A, _, _) in zip(self._layers, samples, factors, strict=True):
             layer.calibrate(torch.cat(sample), lora_A)

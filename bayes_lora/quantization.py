@@ -81,9 +81,11 @@ def quantize(x: Tensor, limit: Tensor, bits: int) -> Tensor:
     """
     if bits >= 32:
         return x.clone()
-    step = (limit * (2 / (2**bits - 1))).to(x.dtype)
+    # half precision has neither the integers of a 16-bit grid nor its small steps
+    wide = x if x.dtype == torch.float64 else x.float()
+    step = limit.to(wide.dtype) * (2 / (2**bits - 1))
     largest = largest_integer(bits)
-    return (x / step).round_().clamp_(-largest, largest).mul_(step)
+    return (wide / step).round_().clamp_(-largest, largest).mul_(step).to(x.dtype)
 
 
 class _Mixed(torch.autograd.Function):

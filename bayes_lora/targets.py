@@ -83,7 +83,8 @@ def select_targets(backbone: nn.Module, target_modules: str) -> dict[str, nn.Lin
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", path) for path in layers})
         raise InputError(
             f"target_modules {target_modules!r} matches no linear layer; there are "
-            f"{', '.join(kinds) or 'none'} (a whole path must match, e.g. '.*query')"
+            f"{', '.join(kinds) or 'none: adapters go on torch.nn.Linear in repeated blocks'} "
+            "(a whole path must match, e.g. '.*query')"
         )
     return chosen
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bayes_lora.errors import InputError
 from bayes_lora.targets import linear_layers
@@ -82,7 +87,7 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
             ignore_mismatched_sizes=True,  # the head of another task is drawn anew
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a broken file raises depends on the library that reads it
         reason = " ".join(str(error).split())[:200]
         advice = (
             "is the folder complete?"
@@ -98,4 +103,27 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
             f"{name} lacks weights of its encoder ({lost[0]}, {len(lost)} layers in all): "
             "is it a pretrained model of this architecture?"
         )
+    _fit_together(name, model, tokenizer)
     return Backbone(model.float(), tokenizer, new)
+
+
+def _fit_together(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give both a padding token and a greatest length; refuse a tokenizer of another model."""
+    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {rows}: "
+            "they do not belong together"
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {name} has no padding token: give it one")
+        tokenizer.pad_token = tokenizer.eos_token  # as decoders do, which never see it
+    config = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and getattr(config, "position_biased_input", True):  # not only relative ones
+        if "roberta" in config.model_type:  # counts positions from behind the padding token
+            positions -= config.pad_token_id + 1
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)

@@ -6,6 +6,7 @@ option on the command line overrides the file. The data options are in `data.Dat
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -115,23 +116,30 @@ class FinetuneConfig:
         rules = {
             "output_dir is missing: say where the run goes": bool(training.output_dir),
             f"rank is {network.rank}: give at least 1": network.rank >= 1,
-            f"alpha is {network.alpha}: give a number > 0": network.alpha > 0,
-            f"epochs is {training.epochs}: give a number > 0": training.epochs > 0,
+            f"alpha is {network.alpha}: give a number > 0": 0 < network.alpha < math.inf,
+            f"epochs is {training.epochs}: give a number > 0": 0 < training.epochs < math.inf,
+            f"seed is {training.seed}: give one from 0 to 4294967295": 0 <= training.seed < 2**32,
+            f"max_grad_norm is {training.max_grad_norm}: give a number > 0": (
+                training.max_grad_norm > 0
+            ),
             f"batch_size is {training.batch_size}: give at least 1": training.batch_size >= 1,
             f"learning_rate is {training.learning_rate}: give a number > 0": (
-                training.learning_rate > 0
+                0 < training.learning_rate < math.inf
             ),
             f"gate_learning_rate is {training.gate_learning_rate}: give a number > 0": (
-                training.gate_learning_rate is None or training.gate_learning_rate > 0
+                training.gate_learning_rate is None or 0 < training.gate_learning_rate < math.inf
             ),
             f"weight_prior_scale is {posterior.weight_prior_scale}: give a number > 0": (
-                posterior.weight_prior_scale is None or posterior.weight_prior_scale > 0
+                posterior.weight_prior_scale is None or 0 < posterior.weight_prior_scale < math.inf
             ),
             f"price is {posterior.price}: give a number >= 0": (
-                posterior.price is None or posterior.price >= 0
+                posterior.price is None or 0 <= posterior.price < math.inf
             ),
             f"target_bops is {posterior.target_bops}: give a share in (0, 1)": (
                 posterior.target_bops is None or 0 < posterior.target_bops < 1
+            ),
+            "quantized_tensors is empty: name some, or choose --method r": bool(
+                network.quantized_tensors or posterior.method in ("r", "lora")
             ),
             "price and target_bops exclude each other: give one": (
                 posterior.price is None or posterior.target_bops is None
@@ -144,14 +152,18 @@ class FinetuneConfig:
             if not holds:
                 raise InputError(message)
 
-    def to_yaml(self) -> str:
-        """The resolved configuration as a file for `--config`, with the versions as a comment."""
+    def to_yaml(self, notes: Sequence[str] = ()) -> str:
+        """The configuration as a file for `--config`; versions and notes are comments.
+
+        `overwrite` is left out: a file must not be able to replace a run.
+        """
         packages = ("bayes-lora", "torch", "pyro-ppl", "transformers", "datasets", "accelerate")
-        header = ", ".join(f"{package} {version(package)}" for package in packages)
+        versions = ", ".join(f"{package} {version(package)}" for package in packages)
+        header = [f"{versions}, python {sys.version.split()[0]}", *notes]
         flat = {k: v for part in vars(self).values() for k, v in asdict(part).items()}
-        return f"# {header}, python {sys.version.split()[0]}\n" + yaml.safe_dump(
-            flat, sort_keys=False
-        )
+        flat = {k: v for k, v in flat.items() if k not in NOT_IN_FILES}
+        lines = "".join(f"# {line}\n" for line in header)
+        return lines + yaml.safe_dump(flat, sort_keys=False)
 
 
 class _Parser(HfArgumentParser):
@@ -162,6 +174,7 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message}{hint}")
 
 
+NOT_IN_FILES = {"overwrite"}
 PARTS = (DataConfig, NetworkConfig, PosteriorConfig, TrainingConfig)
 
 
@@ -208,7 +221,7 @@ def _options_of(file: str) -> list[str]:
         raise InputError(f"cannot read --config {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {file} must hold `option: value` lines")
-    known = {f.name for part in PARTS for f in fields(part)}
+    known = {f.name for part in PARTS for f in fields(part)} - NOT_IN_FILES
     if unknown := sorted(set(map(str, content)) - known):
         raise InputError(
             f"--config {file}: unknown {', '.join(unknown)}; options: {', '.join(sorted(known))}"
@@ -217,6 +230,8 @@ def _options_of(file: str) -> list[str]:
     for key, value in content.items():
         if value is None:
             continue
+        if key == "mixed_precision" and value is False:  # what YAML makes of a plain `no`
+            value = "no"
         values = value if isinstance(value, list) else [value]
         options += [f"--{key}", *map(str, values)]
     return options

@@ -89,7 +89,7 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     -------
     tuple of Task, Dataset and Dataset
         Task, training set, validation set: the text columns, and the label column with class ids
-        or floats. The embedded task keeps ``idx`` and ``clean_label`` too.
+        or floats.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     --------
     >>> task, train, validation = load_task(DataConfig(max_train_examples=100), seed=0)
     >>> task.name, len(train), len(validation), train.column_names
-    ('agreement', 100, 1000, ['sentence', 'label', 'idx', 'clean_label'])
+    ('agreement', 100, 1000, ['sentence', 'label'])
     """
     _check(config)
     if config.train_file and config.validation_file:
@@ -154,7 +154,8 @@ def tokenize(
     Raises
     ------
     InputError
-        If the backbone cannot read `max_length` tokens.
+        If the backbone cannot read `max_length` tokens, or its tokenizer does not know the
+        words, as one that was loaded without its files does not.
 
     Examples
     --------
@@ -168,6 +169,15 @@ def tokenize(
     if max_length > tokenizer.model_max_length:
         raise InputError(
             f"max_length is {max_length}; this backbone reads {tokenizer.model_max_length} at most"
+        )
+
+    sample = tokenizer(dataset[task.text_columns[0]][:100], add_special_tokens=False)
+    ids = [i for example in sample["input_ids"] for i in example]
+    known = sum(i != tokenizer.unk_token_id for i in ids)
+    if known <= len(ids) / 2:
+        raise InputError(
+            f"the tokenizer of the backbone knows {known} of {len(ids)} tokens of {task.name}: "
+            "does its folder hold the tokenizer's files, and is this its language?"
         )
 
     def encode(batch: Columns) -> Columns:

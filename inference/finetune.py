@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bayes_lora.costs import relative_bops, tensor_bits
-from bayes_lora.gates import independent, nested
-from bayes_lora.inference.backbone import Backbone, load_backbone
+from bayes_lora.inference.assemble import assemble
+from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task, tokenize
@@ -47,8 +48,8 @@ from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.table import rank_and_bits_table
+from bayes_lora.inference.tasks import Task
 from bayes_lora.inference.train import Optimisation, Record, fit, gate_learning_rate
-from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification, Regression
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import GibbsGates, Priors
@@ -120,7 +121,9 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
     validation_loader = DataLoader(validation, batch_size=64, collate_fn=collate)
     labels = torch.tensor(validation["labels"]).numpy()
 
-    model, guide = build(config, backbone, len(train), task.is_regression)
+    targets = torch.tensor(train["labels"])
+    likelihood = Regression.of(targets) if task.is_regression else Classification()
+    model, guide = assemble(config, backbone, likelihood, len(train))
     phases = plan(
         max(1, round(settings.epochs * len(train_loader))),
         (settings.warmup_share, settings.anneal_share, settings.joint_share),
@@ -137,7 +140,9 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         return evaluate_predictions(task, *predict(model, guide, validation_loader, gates), labels)
 
     open_folder(folder, OUTPUTS)
-    write_text(folder / "config.yaml", config.to_yaml())
+    resolved = resolve(config, task, optimisation, model.priors)
+    header = [f"priors: {model.priors}", f"classes: {', '.join(task.label_names) or 'none'}"]
+    write_text(folder / "config.yaml", resolved.to_yaml(header))
     last: dict[str, Any] = {}
     last_epoch: deque[float] = deque(maxlen=len(train_loader))
     unsettled: dict[str, float] = {}
@@ -169,76 +174,39 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         "log_likelihood": sum(last_epoch) / len(last_epoch) * len(train),  # of the training set
         **{name: last[name] * len(train) for name in (*KL_TERMS, "energy") if name in last},
         **size(model.network, gates),
-        "price": last["price"],
-        "gate_learning_rate": optimisation.gate_learning_rate,
         "seconds": time.monotonic() - started,
     }
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    probabilities = guide.open_probabilities()
-    table = rank_and_bits_table(model.network, probabilities, gates)
-    write_text(folder / "table.txt", table)
     if model.rank_gates or model.bit_gates:
+        metrics |= {"price": last["price"], "expected_bops": last["expected_bops"]}
+        probabilities = guide.open_probabilities()
+        table = rank_and_bits_table(model.network, probabilities, gates)
+        write_text(folder / "table.txt", table)
         picture = plot_rank_and_bits(model.network, probabilities)
         write_figure(folder / "rank_and_bits.png", picture)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def build(
-    config: FinetuneConfig, backbone: Backbone, num_examples: int, regression: bool
-) -> tuple[BayesianLoRA, GateGuide]:
-    """Put model and guide together as configured.
-
-    Parameters
-    ----------
-    config : FinetuneConfig
-        Network, posterior and seed are looked at.
-    backbone : Backbone
-        The pretrained transformer; its model is adapted in place.
-    num_examples : int
-        N, the size of the training set.
-    regression : bool
-        A normal likelihood in place of a categorical one.
-
-    Returns
-    -------
-    tuple of BayesianLoRA and GateGuide
-        Untrained.
-    """
-    settings, posterior = config.network, config.posterior
-    network = AdaptedNetwork(
-        backbone.model,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        target_modules=settings.target_modules,
-        quantized_tensors=settings.quantized_tensors,
-        num_levels=settings.max_bits.bit_length() - 2,
-        structure={"nested": nested, "independent": independent}[posterior.rank_structure],
-        trained_parameters=backbone.new_parameters,
-    )
-    priors = Priors()  # as the page says, but for what the command line says
-    if posterior.weight_prior_scale is not None:
-        priors.adapter_weight_scale = posterior.weight_prior_scale
-    if posterior.price is not None:
-        priors.gates = GibbsGates(price=posterior.price)
-    if posterior.target_bops is not None:
-        priors.gates = GibbsGates(budget=posterior.target_bops)
-    model = BayesianLoRA(
-        network,
-        Regression() if regression else Classification(),
-        priors,
-        num_examples,
-        rank_gates=posterior.method in ("r", "qr"),
-        bit_gates=posterior.method in ("q", "qr"),
-    )
-    generator = torch.Generator().manual_seed(config.training.seed)
-    initial = network.initial_adapter_weights(generator)
-    return model, GateGuide(model, initial, posterior.weight_posterior == "normal")
+def resolve(
+    config: FinetuneConfig, task: Task, optimisation: Optimisation, priors: Priors
+) -> FinetuneConfig:
+    """The configuration with what was left to defaults filled in, as far as options can say it."""
+    posterior = replace(config.posterior, weight_prior_scale=priors.adapter_weight_scale)
+    if type(priors.gates) is GibbsGates and priors.gates.budget is None:
+        posterior.price = priors.gates.price
+    training = replace(config.training, gate_learning_rate=optimisation.gate_learning_rate)
+    data = replace(config.data, task=task.name)
+    return replace(config, data=data, posterior=posterior, training=training)
 
 
 def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:
     """What training changed outside the guide: head, likelihood, ranges of the quantizers."""
     state = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return state | {name: b for name, b in model.named_buffers() if name.endswith("_limits")}
+    return state | {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("_limits") or name.startswith("likelihood.")
+    }
 
 
 def size(network: AdaptedNetwork, gates: Gates) -> dict[str, float]:
@@ -267,7 +235,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     config = parse(arguments)
     metrics = finetune(config)
     folder = Path(config.training.output_dir)
-    print((folder / "table.txt").read_text(encoding="utf-8"))
+    if (folder / "table.txt").exists():
+        print((folder / "table.txt").read_text(encoding="utf-8"))
     for name, value in metrics.items():
         print(f"{name:24} {value:.6g}")
     print(f"Results are in {folder}")

@@ -25,7 +25,8 @@ def plot_rank_and_bits(network: AdaptedNetwork, probabilities: Gates) -> Figure:
     Returns
     -------
     Figure
-        One panel for the rank, one each for the bits of weight and input. A cell shows the
+        One panel for the rank, one each for the bits of weight and input, or of the first two
+        tensors that have gates where these have none. A cell shows the
         posterior mean, and below it the standard deviation where it is not negligible.
 
     Raises
@@ -40,12 +41,11 @@ def plot_rank_and_bits(network: AdaptedNetwork, probabilities: Gates) -> Figure:
         panels.append((f"rank (of {network.rank})", distribution, ranks, network.rank))
     if probabilities.bit_gate is not None:
         bits = torch.tensor(network.bits, dtype=torch.float)
-        for tensor in ("weight", "input"):
-            if tensor in network.quantized_tensors:
-                gate = probabilities.bit_gate[:, network.quantized_tensors.index(tensor)]
-                panels.append(
-                    (f"bits of {tensor}", level_weights(gate.cpu()), bits, network.bits[-1])
-                )
+        # the two whose product is the cost; of the adapter's, where these have no gates
+        shown = [t for t in ("weight", "input") if t in network.quantized_tensors]
+        for tensor in shown or network.quantized_tensors[:2]:
+            gate = probabilities.bit_gate[:, network.quantized_tensors.index(tensor)]
+            panels.append((f"bits of {tensor}", level_weights(gate.cpu()), bits, network.bits[-1]))
     if not panels:
         raise ValueError("without gates there is nothing to show")
     rows, columns, blocks, kinds = _grid(network)

@@ -149,7 +149,7 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
     task : Task
         Its labels are class ids where it is known, and class names where it is custom.
     columns : dict of str to list
-        Must have the task's columns; others are kept as they are.
+        Must have the task's columns; others are left out.
     origin : str
         What to call the examples in an error message; rows are counted from 1.
 
@@ -157,7 +157,7 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
     ------
     InputError
         If a column is missing, there are no rows, a text is no text, or a label is missing, is
-        none of the classes, or is no finite number in a regression, or a column mixes types.
+        none of the classes, or is no finite number in a regression.
 
     Examples
     --------
@@ -191,10 +191,8 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
             raise InputError(f"{where} is {label!r}; the classes are {', '.join(ids)}")
     if not labels:
         raise InputError(f"{origin} has no examples; give at least one")
-    try:
-        return Dataset.from_dict(columns | {task.label_column: labels})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{origin}: a column mixes types ({error}); give it only one") from error
+    texts = {name: columns[name] for name in task.text_columns}
+    return Dataset.from_dict(texts | {task.label_column: labels})
 
 
 def _is_missing(label: object) -> bool:

@@ -14,6 +14,7 @@ from itertools import count, islice
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -109,7 +110,8 @@ def fit(
     Raises
     ------
     NumericalError
-        If the loss or its gradient is not finite; the parameters are those before the step.
+        If the loss or its gradient is not finite; the parameters are the last ones whose loss
+        was finite.
     """
     elbo = TermwiseELBO()
     module = elbo(model, guide)
@@ -121,6 +123,8 @@ def fit(
     fixed: Gates | None = Gates()
     model.train()  # from_pretrained leaves a backbone without dropout
     steps = count()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    good = [p.detach().clone() for p in parameters]
     with tqdm(total=total_steps, disable=None, unit="step") as progress:
         for phase in phases:
             if phase.gates != "open" and model.bit_gates:
@@ -135,11 +139,15 @@ def fit(
                 batch = dict(next(batches))
                 loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
                 record = _record(next(steps), phase.name, kl_weight, loss, elbo, model, guide)
+                if not torch.isfinite(loss):
+                    _copy(good, parameters)
                 _check_finite(loss, record)
+                _copy(parameters, good)
                 optimizer.zero_grad()
                 accelerator.backward(loss)
+                accelerator.unscale_gradients(optimizer)
                 for group in optimizer.param_groups:  # apart: a price must not slow the weights
-                    norm = accelerator.clip_grad_norm_(group["params"], optimisation.max_grad_norm)
+                    norm = clip_grad_norm_(group["params"], optimisation.max_grad_norm)
                     if accelerator.scaler is None:  # a scaler skips steps that overflow
                         _check_finite(norm, record)
                 optimizer.step()
@@ -155,6 +163,12 @@ def fit(
         fixed = guide.decision()
         on_decision(fixed)
     return fixed
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], to: list[Tensor]) -> None:
+    for value, target in zip(values, to, strict=True):
+        target.copy_(value)
 
 
 @torch.no_grad()
@@ -217,7 +231,7 @@ def _check_finite(value: Tensor, record: Record) -> None:
         wrong = [k for k, v in numbers.items() if v != v or abs(v) == float("inf")] or ["gradient"]
         raise NumericalError(
             f"step {record['step']}, phase {record['phase']}: {', '.join(wrong)} not finite; "
-            "the parameters before this step were kept. Try a lower --learning_rate"
+            "the last parameters with a finite loss were kept. Try a lower --learning_rate"
         )
 
 

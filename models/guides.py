@@ -18,7 +18,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.distributions import HardConcrete
-from bayes_lora.gates import nested
+from bayes_lora.gates import GateStructure, nested, rank_probabilities
 from bayes_lora.models.model import TEMPERATURE, BayesianLoRA, Gates, scaled
 from bayes_lora.network import Batch
 from bayes_lora.point_mass import PointMass
@@ -88,7 +88,8 @@ class GateGuide(PyroModule):
         """Posterior of the flat vector of adapter weights, event shape (P,)."""
         if self.log_scale is None:
             return PointMass(self.loc, event_dim=1)
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        # not validated: what is not finite must reach the loss, where training stops by name
+        return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
 
     @torch.no_grad()
     def open_probabilities(self) -> Gates:
@@ -100,10 +101,10 @@ class GateGuide(PyroModule):
     def decision(self) -> Gates:
         """Posterior median of every rank and bit width, as gates of 0 and 1.
 
-        A component, or a level, is on if it is more probably on than off. For gates that lead
-        from one to the next that is the product of their open probabilities, so that a rank is
-        kept only if P(rank at least this) > 1/2; gates that are nearly certain decide alike
-        one by one.
+        Of nested gates a component is on if it is more probably reached than not, so that rank k
+        is decided only if P(rank >= k) > 1/2; of independent ones as many are on as the median
+        of their number says, the most probable first. Gates that are nearly certain decide
+        alike one by one.
 
         Returns
         -------
@@ -112,6 +113,37 @@ class GateGuide(PyroModule):
         """
         rank, bits = self.open_probabilities()
         return Gates(
-            None if rank is None else (self._structure(rank) > 0.5).float(),
-            None if bits is None else (nested(bits) > 0.5).float(),
+            None if rank is None else open_up_to_median(rank, self._structure),
+            None if bits is None else open_up_to_median(bits, nested),
         )
+
+
+def open_up_to_median(probs: Tensor, structure: GateStructure) -> Tensor:
+    """Open as many gates as the median of their number says.
+
+    Parameters
+    ----------
+    probs : Tensor
+        P(gate is open), shape (..., R).
+    structure : {nested, independent}
+        Which gates are the first to open: the leading ones, or the most probable ones.
+
+    Returns
+    -------
+    Tensor
+        Gates of 0 and 1, shape (..., R).
+
+    Examples
+    --------
+    >>> from bayes_lora.gates import independent
+    >>> open_up_to_median(torch.tensor([0.9, 0.6, 0.6]), nested)  # 0.9, 0.54, 0.32
+    tensor([1., 1., 0.])
+    >>> open_up_to_median(torch.tensor([0.3, 0.6, 0.9]), independent)
+    tensor([0., 1., 1.])
+    """
+    if structure is nested:
+        return (nested(probs) > 0.5).float()
+    at_most = rank_probabilities(probs, structure).cumsum(-1)[..., :-1]
+    median = (at_most < 0.5).sum(-1, keepdim=True)
+    place = probs.argsort(dim=-1, descending=True).argsort(dim=-1)
+    return (place < median).float()

@@ -1,7 +1,8 @@
 """Likelihoods: from the network's output to the distribution of a label.
 
     classification   label ~ Categorical(logits),      output (batch, classes)
-    regression       label ~ Normal(output, noise),    output (batch, 1), noise learned
+    regression       label ~ Normal(center + spread output, spread noise),
+                                                       output (batch, 1), noise learned
 
 Arguments are not validated: an output that is not finite must reach the loss, where training
 stops by name of step and term. Both are modules, so that what they learn is trained, moved and
@@ -34,6 +35,12 @@ class Classification(PyroModule):
 class Regression(PyroModule):
     """Normal likelihood of a number, with a learned standard deviation.
 
+    Parameters
+    ----------
+    center, spread : float
+        Mean and standard deviation of the labels: the network works in units of these, so that
+        a head drawn at random is a sensible start.
+
     Examples
     --------
     >>> import torch
@@ -41,10 +48,22 @@ class Regression(PyroModule):
     tensor([1., 1.], grad_fn=<ExpandBackward0>)
     """
 
-    def __init__(self) -> None:
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, center: float = 0.0, spread: float = 1.0) -> None:
         super().__init__()
+        self.register_buffer("center", torch.tensor(center))
+        self.register_buffer("spread", torch.tensor(spread))
         self.log_noise = nn.Parameter(torch.zeros(()))
 
+    @classmethod
+    def of(cls, labels: Tensor) -> Regression:
+        """The likelihood in units of these labels, shape (N,)."""
+        spread = float(labels.std(correction=0))
+        return cls(float(labels.mean()), spread or 1.0)
+
     def forward(self, output: Tensor) -> dist.Distribution:
-        """Distribution of the labels (batch,) given means (batch, 1)."""
-        return dist.Normal(output.squeeze(-1), self.log_noise.exp(), validate_args=False)
+        """Distribution of the labels (batch,) given standardised means (batch, 1)."""
+        mean = self.center + self.spread * output.squeeze(-1)
+        return dist.Normal(mean, self.spread * self.log_noise.exp(), validate_args=False)

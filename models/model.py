@@ -94,7 +94,7 @@ class BayesianLoRA(PyroModule):
         self.priors = priors
         self.num_examples = num_examples
         self.rank_gates, self.bit_gates = rank_gates, bit_gates
-        rank_logits, bit_logits = priors.gates.logits(network)
+        rank_logits, bit_logits = priors.gates.logits(network, bit_gates)
         self.register_buffer("rank_prior_logits", rank_logits)
         self.register_buffer("bit_prior_logits", bit_logits)
 

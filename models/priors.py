@@ -13,6 +13,10 @@ the whole network is worth price / 2 nats of log likelihood. The Gibbs prior is 
 its normaliser does not depend on the guide, so the objective is an ELBO up to a constant. With
 a budget in place of a price, the price is found by dual ascent.
 
+Mind what a logit implies. Ranks and levels are reached gate by gate, so with logit 0 the prior
+of the rank is 1/2, 1/4, 1/8, ... for 0, 1, 2, ... (mean 1.0 of 8), and of 2, 4, 8, 16 bits 1/2,
+1/4, 1/8, 1/8: the data must speak for every component and every bit, also at price 0.
+
 Mind the scale. A gate held open against a prior logit of -3 costs some 4 nats; hundreds of them
 cost more than the whole likelihood of a small data set, and everything closes.
 
@@ -67,8 +71,11 @@ class Priors:
 class GatePrior(Protocol):
     """What the model asks of a prior over gates."""
 
-    def logits(self, network: AdaptedNetwork) -> tuple[Tensor, Tensor]:
-        """Prior logits of `rank_gate` (L, R) and `bit_gate` (L, T, K), in nats."""
+    def logits(self, network: AdaptedNetwork, bit_gates: bool) -> tuple[Tensor, Tensor]:
+        """Prior logits of `rank_gate` (L, R) and `bit_gate` (L, T, K), in nats.
+
+        `bit_gates` tells whether bits are latent; otherwise everything has 32.
+        """
         ...
 
     def log_factor(
@@ -78,7 +85,7 @@ class GatePrior(Protocol):
         ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class IndependentGates:
     """Every gate is hard concrete, independently.
 
@@ -95,7 +102,7 @@ class IndependentGates:
     rank_logits: LogitRule = 0.0
     bit_logits: LogitRule = 0.0
 
-    def logits(self, network: AdaptedNetwork) -> tuple[Tensor, Tensor]:
+    def logits(self, network: AdaptedNetwork, bit_gates: bool) -> tuple[Tensor, Tensor]:
         """Prior logits of `rank_gate` (L, R) and `bit_gate` (L, T, K), in nats."""
         rank = _per_layer(self.rank_logits, network)[:, None]
         bits = _per_layer(self.bit_logits, network)[:, None, None]
@@ -108,7 +115,7 @@ class IndependentGates:
         return None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CostWeightedGates(IndependentGates):
     """Independent gates whose prior logit falls with the bit operations they add.
 
@@ -120,16 +127,17 @@ class CostWeightedGates(IndependentGates):
 
     price: float = 1000.0
 
-    def logits(self, network: AdaptedNetwork) -> tuple[Tensor, Tensor]:
+    def logits(self, network: AdaptedNetwork, bit_gates: bool) -> tuple[Tensor, Tensor]:
         """Prior logits of `rank_gate` (L, R) and `bit_gate` (L, T, K), in nats."""
         rank = torch.ones(network.rank_gate_shape, requires_grad=True)
         bits = torch.ones(network.bit_gate_shape, requires_grad=True)
-        added = torch.autograd.grad(relative_bops(network, rank, bits), (rank, bits))
-        base = super().logits(network)
+        share = relative_bops(network, rank, bits if bit_gates else None)
+        added = torch.autograd.grad(share, (rank, bits), materialize_grads=True)
+        base = super().logits(network, bit_gates)
         return base[0] - self.price * added[0], base[1] - self.price * added[1]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GibbsGates(IndependentGates):
     """Gates coupled by what they cost together.
 
@@ -138,11 +146,17 @@ class GibbsGates(IndependentGates):
     price : float
         Nats for the bit operations of the whole network at 32 x 32 bits, >= 0.
     budget : float or None
-        Share of those bit operations to meet in expectation; `ascend` then moves the price.
+        Share of those bit operations that the expectation must not exceed. `bayes-lora finetune`
+        then calls `ascend` after every joint step; a training loop of your own must do so too.
     """
 
     price: float = 1000.0
     budget: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a price or a budget that means nothing."""
+        if self.price < 0 or (self.budget is not None and not 0 < self.budget < 1):
+            raise ValueError(f"{self}: the price must be >= 0, the budget in (0, 1)")
 
     def log_factor(
         self, network: AdaptedNetwork, rank_gate: Tensor | None, bit_gate: Tensor | None

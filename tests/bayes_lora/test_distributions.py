@@ -1,5 +1,6 @@
 """Hard concrete gates: the published numbers, Monte Carlo, gradients, and what must be refused."""
 
+import contextlib
 import math
 
 import pyro
@@ -175,14 +176,20 @@ def test_a_prior_without_closed_form_is_an_error():
         svi.step()
 
 
-def test_an_elbo_with_a_biased_pathwise_gradient_is_an_error():
+@pytest.mark.parametrize("event_dims", [0, 1])  # `to_event` must not bypass the guard
+def test_an_elbo_with_a_biased_pathwise_gradient_is_an_error(event_dims):
     pyro.clear_param_store()
 
+    def gate(logits):
+        return HardConcrete(2 / 3, logits=logits.expand(20)).to_event(event_dims)
+
     def model():
-        pyro.sample("z", HardConcrete(2 / 3, logits=torch.tensor(-1.0)))
+        with pyro.plate("gates", 20) if event_dims == 0 else contextlib.nullcontext():
+            pyro.sample("z", gate(torch.tensor(-1.0)))
 
     def guide():
-        pyro.sample("z", HardConcrete(2 / 3, logits=pyro.param("a", torch.tensor(0.5))))
+        with pyro.plate("gates", 20) if event_dims == 0 else contextlib.nullcontext():
+            pyro.sample("z", gate(pyro.param("a", torch.tensor(0.5))))
 
     with pytest.raises(TypeError, match="TraceMeanField_ELBO"):
         SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step()

@@ -29,8 +29,9 @@ def test_every_option_is_on_the_command_line():
 def test_the_embedded_task_is_the_same_whatever_the_seed():
     task, train, validation = load_task(DataConfig(), seed=1)
     assert task is TASKS["agreement"]
-    assert train.to_list() == generate(3000, seed=0, split="train")
-    assert validation.to_list() == generate(1000, seed=0, split="validation")
+    for found, size, split in ((train, 3000, "train"), (validation, 1000, "validation")):
+        rows = generate(size, seed=0, split=split)
+        assert found.to_list() == [{k: row[k] for k in ("sentence", "label")} for row in rows]
     assert train.to_list() == load_task(DataConfig(), seed=2)[1].to_list()
 
 
@@ -122,3 +123,16 @@ def test_more_tokens_than_the_backbone_reads(custom, tokenizer):
     task, train, _ = load_task(custom(rows(0, 1)), seed=0)
     with pytest.raises(InputError, match="max_length is 17; this backbone reads 16 at most"):
         tokenize(train, task, tokenizer, max_length=17)
+
+
+def test_a_column_that_is_not_used_may_hold_anything(custom):
+    _, train, _ = load_task(
+        custom([{"text": "a", "label": 0, "z": 1}, {"text": "a", "label": 1, "z": []}]), seed=0
+    )
+    assert train.column_names == ["text", "label"]
+
+
+def test_a_tokenizer_that_knows_no_word_is_refused(custom, tokenizer):
+    task, train, _ = load_task(custom(rows("x", "y", text="word less")), seed=0)
+    with pytest.raises(InputError, match=r"knows 0 of 4 tokens of custom"):
+        tokenize(train, task, tokenizer, max_length=8)

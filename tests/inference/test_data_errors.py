@@ -71,13 +71,6 @@ def test_options_that_do_not_go_together(options, says, error_of):
             "dev.jsonl, row 1: label is nan; regression needs",
         ),
         (rows(0.5, None), None, {}, "train.jsonl, row 2: label is missing"),
-        # others
-        (
-            [{"text": "a", "label": 0, "z": 1}, {"text": "a", "label": 1, "z": []}],
-            None,
-            {},
-            "mixes",
-        ),
     ],
 )
 def test_examples_that_will_not_do(custom, train, validation, options, says, error_of):

@@ -8,8 +8,9 @@ from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 
 from bayes_lora.costs import relative_bops
+from bayes_lora.gates import independent
 from bayes_lora.inference.elbo import TermwiseELBO
-from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.guides import GateGuide, open_up_to_median
 from bayes_lora.models.likelihoods import Classification, Regression
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import CostWeightedGates, GibbsGates, IndependentGates, Priors
@@ -154,7 +155,7 @@ def test_with_no_data_the_guide_returns_to_an_asymmetric_prior(network, batch):
 
 def test_cost_weighted_logits_fall_by_price_times_what_opening_adds(network):
     prior = CostWeightedGates(rank_logits=0.5, bit_logits=-0.2, price=300.0)
-    rank_logits, bit_logits = prior.logits(network)
+    rank_logits, bit_logits = prior.logits(network, bit_gates=True)
     closed = torch.ones(network.rank_gate_shape)
     closed[4, 1] = 0  # components 2 and 3 of layer 4
     full_bits = torch.ones(network.bit_gate_shape)
@@ -163,6 +164,25 @@ def test_cost_weighted_logits_fall_by_price_times_what_opening_adds(network):
     )
     assert float(rank_logits[4, 1]) == pytest.approx(0.5 - 300 * float(added), abs=2e-4)
     assert (bit_logits < -0.2).all()
+    # where bits are not latent, a component costs what it does at 32 bits
+    added = relative_bops(network) - relative_bops(network, closed)
+    in_full = BayesianLoRA(network, Classification(), Priors(gates=prior), 9, bit_gates=False)
+    expected = 0.5 - 300 * float(added)
+    assert float(in_full.rank_prior_logits[4, 1]) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"price": -1.0}, {"budget": 0.0}, {"budget": 5.0}])
+def test_a_price_or_budget_that_means_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="price must be >= 0, the budget in"):
+        GibbsGates(**wrong)
+
+
+def test_independent_gates_are_decided_at_the_median_of_their_number():
+    probs = torch.tensor([[0.55] * 8, [0.9, 0.1, 0.2, 0.6, 0.1, 0.1, 0.1, 0.1]])
+    draws = torch.bernoulli(probs.expand(20_001, 2, 8)).sum(-1).median(0).values
+    decided = open_up_to_median(probs, independent)
+    assert decided.sum(-1).tolist() == draws.tolist() == [4, 2]
+    assert decided[1].tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_gibbs_factor_is_price_times_share_and_a_budget_moves_the_price(network):
@@ -214,6 +234,12 @@ def test_gates_held_fixed_are_not_sampled(network, batch):
 
 
 def test_regression_learns_its_noise():
+    far = Regression.of(torch.tensor([1e5, 1e5 + 30.0]))  # a network of order one will do
+    assert (far(torch.tensor([[0.0]])).mean, far(torch.tensor([[2.0]])).mean) == (
+        1e5 + 15,
+        1e5 + 45,
+    )
+    assert float(far(torch.zeros(1, 1)).stddev) == 15
     likelihood = Regression()
     data = 3.0 + 0.5 * torch.randn(4000)
     optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)

@@ -1,0 +1,96 @@
+"""Model and guide as a configuration says, untrained."""
+
+from __future__ import annotations
+
+import torch
+from pyro.nn import PyroModule
+
+from bayes_lora.costs import relative_bops
+from bayes_lora.errors import InputError
+from bayes_lora.gates import independent, nested
+from bayes_lora.inference.backbone import Backbone
+from bayes_lora.inference.config import FinetuneConfig
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.model import BayesianLoRA
+from bayes_lora.models.priors import GibbsGates, Priors
+from bayes_lora.network import AdaptedNetwork
+
+
+def assemble(
+    config: FinetuneConfig, backbone: Backbone, likelihood: PyroModule, num_examples: int
+) -> tuple[BayesianLoRA, GateGuide]:
+    """Put model and guide together as configured.
+
+    Parameters
+    ----------
+    config : FinetuneConfig
+        Network, posterior and seed are looked at.
+    backbone : Backbone
+        The pretrained transformer; its model is adapted in place.
+    likelihood : PyroModule
+        From the network's output to the distribution of a label.
+    num_examples : int
+        N, the size of the training set.
+
+    Returns
+    -------
+    tuple of BayesianLoRA and GateGuide
+        Untrained.
+
+    Raises
+    ------
+    InputError
+        If no layer matches, or no setting of the gates could meet the budget.
+    """
+    settings, posterior = config.network, config.posterior
+    network = AdaptedNetwork(
+        backbone.model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        quantized_tensors=settings.quantized_tensors,
+        num_levels=settings.max_bits.bit_length() - 2,
+        structure={"nested": nested, "independent": independent}[posterior.rank_structure],
+        trained_parameters=backbone.new_parameters,
+    )
+    model = BayesianLoRA(
+        network,
+        likelihood,
+        configured_priors(config),
+        num_examples,
+        rank_gates=posterior.method in ("r", "qr"),
+        bit_gates=posterior.method in ("q", "qr"),
+    )
+    if posterior.target_bops is not None:
+        _check_budget(model, posterior.target_bops)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    initial = network.initial_adapter_weights(generator)
+    return model, GateGuide(model, initial, posterior.weight_posterior == "normal")
+
+
+def configured_priors(config: FinetuneConfig) -> Priors:
+    """The priors as their page says, but for what the options say."""
+    priors, options = Priors(), config.posterior
+    if options.weight_prior_scale is not None:
+        priors.adapter_weight_scale = options.weight_prior_scale
+    if options.price is not None:
+        priors.gates = GibbsGates(price=options.price)
+    if options.target_bops is not None:
+        priors.gates = GibbsGates(budget=options.target_bops)
+    return priors
+
+
+def _check_budget(model: BayesianLoRA, budget: float) -> None:
+    network = model.network
+    if not (model.rank_gates or model.bit_gates):
+        raise InputError("target_bops needs gates: choose another method than lora")
+    least = relative_bops(
+        network,
+        torch.zeros(network.rank_gate_shape) if model.rank_gates else None,
+        torch.zeros(network.bit_gate_shape) if model.bit_gates else None,
+    )
+    if budget <= float(least):
+        raise InputError(
+            f"target_bops is {budget}, but with every gate closed {float(least):.4g} are left: "
+            "give more, or gates to more tensors (--method, --quantized_tensors, --target_modules)"
+        )
