@@ -75,6 +75,9 @@ class TrainingConfig:
     overwrite: bool = _option(False, "replace a run that output_dir already holds")
     epochs: float = _option(10.0, "passes over the training set, all phases together")
     batch_size: int = _option(32, "examples a step")
+    train_sampling_strategy: Literal["random", "group_by_length"] = _option(
+        "random", "group_by_length makes batches of like length: less padding, less variety"
+    )
     learning_rate: float = _option(1e-3, "of adapter weights and head; decays linearly")
     gate_learning_rate: float | None = _option(
         None, "of the gates; default: 30 over the steps with sampled gates"

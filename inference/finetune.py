@@ -26,7 +26,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bayes_lora.costs import relative_bops, tensor_bits
@@ -107,13 +107,14 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         tokenize(part, task, backbone.tokenizer, config.data.max_length)
         for part in (train, validation)
     )
+    draw = torch.Generator().manual_seed(settings.seed)
     train_loader = DataLoader(
         train,
         batch_size=settings.batch_size,
-        sampler=LengthGroupedSampler(  # a third less padding than in batches drawn at random
-            settings.batch_size,
-            lengths=[len(ids) for ids in train["input_ids"]],
-            generator=torch.Generator().manual_seed(settings.seed),
+        sampler=(
+            LengthGroupedSampler(settings.batch_size, train, generator=draw)
+            if settings.train_sampling_strategy == "group_by_length"
+            else RandomSampler(train, generator=draw)
         ),
         drop_last=len(train) >= settings.batch_size,  # so that examples weigh the same
         collate_fn=collate,

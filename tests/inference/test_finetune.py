@@ -167,6 +167,23 @@ def test_regression_by_inference_from_float_labels(command, inputs, tmp_path):
     assert float(head["likelihood.log_noise"]) != 0
 
 
+def test_batches_of_like_length_have_less_padding(command, monkeypatch):
+    padding: dict[str, float] = {}
+    forward = AdaptedNetwork.forward
+
+    def watch(self, batch, latents):
+        if torch.is_grad_enabled():
+            padding[strategy] += float((batch["attention_mask"] == 0).sum())
+        return forward(self, batch, latents)
+
+    monkeypatch.setattr(AdaptedNetwork, "forward", watch)
+    for strategy in ("random", "group_by_length"):
+        padding[strategy] = 0
+        options = {"batch_size": 5, "method": "lora", "overwrite": "true"}
+        assert command(train_sampling_strategy=strategy, **options)[0] == 0
+    assert padding["group_by_length"] < 0.6 * padding["random"]
+
+
 def test_the_loss_goes_down_with_real_weights_and_all_gates(tmp_path):
     """The embedded task on MiniLM, whose frozen features leave it at chance (0.69 nats)."""
     settings = {"epochs": 1.6, "warmup_share": 0.7, "anneal_share": 0.1, "joint_share": 0.1}
