@@ -51,7 +51,8 @@ def main() -> None:
         for method in arguments.methods:
             folder = arguments.output_dir / f"{method}-{seed}"
             metrics = train(method, seed, folder, options)
-            rows.append({"method": method, "seed": seed} | {c: metrics.get(c, "") for c in COLUMNS})
+            values = {c: f"{metrics[c]:.6g}" if c in metrics else "" for c in COLUMNS}
+            rows.append({"method": method, "seed": str(seed)} | values)
     with (arguments.output_dir / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         file.write(f"# python benchmarks/quality.py {shlex.join(sys.argv[1:])}\n")
         writer = csv.DictWriter(file, ["method", "seed", *COLUMNS])
@@ -60,7 +61,7 @@ def main() -> None:
     print(f"| method | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for method in arguments.methods:
         mine = [row for row in rows if row["method"] == method]
-        cells = [[float(row[c]) for row in mine if row[c] != ""] for c in COLUMNS]
+        cells = [[float(row[c]) for row in mine if row[c]] for c in COLUMNS]
         texts = [summary(values) for values in cells]
         print(f"| {method} | {' | '.join(texts)} |")
 
