@@ -107,8 +107,8 @@ def test_a_run_leaves_everything_it_promises(method, command, tmp_path):
     history = read_history(run)
     assert [int(row["step"]) for row in history] == list(range(24))
     phases = list(dict.fromkeys(row["phase"] for row in history))
-    gated = ["warmup", "anneal", "joint", "settle"]
-    assert phases == (["settle"] if method == "lora" else gated)
+    assert phases == ["warmup", "anneal", "joint", "settle"]  # of lora too: the prior is annealed
+    assert {row["kl_weight"] for row in history if row["phase"] == "warmup"} == {"0.0"}
     if method != "lora":
         table = (run / "table.txt").read_text()
         assert table in out

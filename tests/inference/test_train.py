@@ -21,6 +21,14 @@ def test_phases_add_up_and_come_in_order(total, shares):
     assert all(phase.steps > 0 for phase in phases)
 
 
+def test_plain_lora_differs_in_nothing_but_its_gates():
+    gated, plain = (plan(40, (0.25, 0.25, 0.25), gated=g) for g in (True, False))
+    assert [p.name for p in gated] == [p.name for p in plain]
+    for ours, theirs in zip(gated, plain, strict=True):
+        assert [ours.kl_weight(s) for s in range(10)] == [theirs.kl_weight(s) for s in range(10)]
+    assert [p.gates for p in plain] == ["open", "open", "open", "decided"]
+
+
 def test_kl_weight_rises_in_the_anneal_and_is_one_after():
     warmup, anneal, joint, _settle = plan(40, (0.25, 0.25, 0.25), gated=True)
     assert {warmup.kl_weight(step) for step in range(10)} == {0}
