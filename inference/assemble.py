@@ -82,7 +82,7 @@ def configured_priors(config: FinetuneConfig) -> Priors:
 
 def _check_budget(model: BayesianLoRA, budget: float) -> None:
     network = model.network
-    if not (model.rank_gates or model.bit_gates):
+    if not model.gated:
         raise InputError("target_bops needs gates: choose another method than lora")
     least = relative_bops(
         network,

@@ -219,7 +219,8 @@ def parse(arguments: Sequence[str] | None = None) -> FinetuneConfig:
 
 def _options_of(file: str) -> list[str]:
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        # every scalar as it is written: `no` is a precision, or a column, not False
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read --config {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -231,10 +232,8 @@ def _options_of(file: str) -> list[str]:
         )
     options: list[str] = []
     for key, value in content.items():
-        if value is None:
+        if value in ("", "~", "null"):
             continue
-        if key == "mixed_precision" and value is False:  # what YAML makes of a plain `no`
-            value = "no"
         values = value if isinstance(value, list) else [value]
         options += [f"--{key}", *map(str, values)]
     return options

@@ -128,7 +128,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
     phases = plan(
         max(1, round(settings.epochs * len(train_loader))),
         (settings.warmup_share, settings.anneal_share, settings.joint_share),
-        gated=model.rank_gates or model.bit_gates,
+        gated=model.gated,
     )
     optimisation = Optimisation(
         settings.learning_rate,
@@ -158,7 +158,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
             last_epoch.append(float(record["log_likelihood"]))
 
         def on_decision(gates: Gates) -> None:
-            if model.rank_gates or model.bit_gates:  # otherwise nothing is trained yet
+            if model.gated:  # otherwise nothing is trained yet
                 unsettled["score_before_settling"] = evaluate(gates)["score"]
 
         try:
@@ -177,7 +177,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         **size(model.network, gates),
         "seconds": time.monotonic() - started,
     }
-    if model.rank_gates or model.bit_gates:
+    if model.gated:
         metrics |= {"price": last["price"], "expected_bops": last["expected_bops"]}
         probabilities = guide.open_probabilities()
         table = rank_and_bits_table(model.network, probabilities, gates)

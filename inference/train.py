@@ -7,6 +7,7 @@ the number of steps they have, because Adam moves a logit by about its learning 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -141,15 +142,16 @@ def fit(
                 record = _record(next(steps), phase.name, kl_weight, loss, elbo, model, guide)
                 if not torch.isfinite(loss):
                     _copy(good, parameters)
-                _check_finite(loss, record)
+                    raise _not_finite(record)
                 _copy(parameters, good)
                 optimizer.zero_grad()
                 accelerator.backward(loss)
                 accelerator.unscale_gradients(optimizer)
                 for group in optimizer.param_groups:  # apart: a price must not slow the weights
                     norm = clip_grad_norm_(group["params"], optimisation.max_grad_norm)
-                    if accelerator.scaler is None:  # a scaler skips steps that overflow
-                        _check_finite(norm, record)
+                    # a scaler skips steps that overflow
+                    if accelerator.scaler is None and not torch.isfinite(norm):
+                        raise _not_finite(record)
                 optimizer.step()
                 scheduler.step()
                 # not before: while the KL weight rises, the price has only part of its effect
@@ -225,14 +227,13 @@ def _record(
     return record
 
 
-def _check_finite(value: Tensor, record: Record) -> None:
-    if not torch.isfinite(value):
-        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
-        wrong = [k for k, v in numbers.items() if v != v or abs(v) == float("inf")] or ["gradient"]
-        raise NumericalError(
-            f"step {record['step']}, phase {record['phase']}: {', '.join(wrong)} not finite; "
-            "the last parameters with a finite loss were kept. Try a lower --learning_rate"
-        )
+def _not_finite(record: Record) -> NumericalError:
+    numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+    wrong = [k for k, v in numbers.items() if not math.isfinite(v)] or ["gradient"]
+    return NumericalError(
+        f"step {record['step']}, phase {record['phase']}: {', '.join(wrong)} not finite; "
+        "the last parameters with a finite loss were kept. Try a lower --learning_rate"
+    )
 
 
 def _summary(record: Record) -> str:

@@ -98,6 +98,11 @@ class BayesianLoRA(PyroModule):
         self.register_buffer("rank_prior_logits", rank_logits)
         self.register_buffer("bit_prior_logits", bit_logits)
 
+    @property
+    def gated(self) -> bool:
+        """Whether any gates are latent; without, this is plain LoRA."""
+        return self.rank_gates or self.bit_gates
+
     def gate_priors(self) -> dict[str, TorchDistribution]:
         """Prior of every latent gate site: `rank_gate` (L, R), `bit_gate` (L, T, K)."""
         priors: dict[str, TorchDistribution] = {}

@@ -1,0 +1,97 @@
+"""Everything a user can get wrong with the command is one line, and nothing is lost."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bayes_lora.network import AdaptedNetwork
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"no_such_option": 1},
+            "unrecognized arguments: --no_such_option 1; options: --alpha, .*--rank",
+        ),
+        ({"rank": 0}, "rank is 0: give at least 1"),
+        ({"rank": "many"}, "invalid int value"),
+        ({"method": "best"}, "invalid choice"),
+        ({"epochs": -1}, "epochs is -1"),
+        ({"epochs": "inf"}, "epochs is inf"),
+        ({"learning_rate": "inf"}, "learning_rate is inf"),
+        ({"max_grad_norm": "nan"}, "max_grad_norm is nan"),
+        ({"seed": -1}, "seed is -1: give one from 0"),
+        ({"target_bops": 2}, "target_bops is 2"),
+        ({"target_bops": 0.05, "method": "lora"}, "choose another method than lora"),
+        ({"target_bops": 0.05, "method": "r"}, r"every gate closed 0\.[78]\d* are left"),
+        ({"warmup_share": 0.9}, "shares"),
+        ({"output_dir": None}, "output_dir is missing"),
+        ({"target_modules": ".*nothing"}, "matches no linear layer.*query"),
+        ({"quantized_tensors": "weight bias"}, "no such tensor"),
+        ({"backbone": "no/such-model-here"}, "offline, give"),
+        ({"label_column": "gold"}, "no column 'gold'; it has"),
+        ({"train_file": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"config": "nowhere.yaml"}, "cannot read --config"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(changes, message, command, tmp_path):
+    code, _, err = command(**changes)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert re.search(message, err), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_model_is_refused(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = command(backbone=tmp_path / "empty")
+    assert code == 2
+    assert "no config.json" in err
+
+
+def test_a_run_is_not_overwritten_without_being_told(command, tmp_path):
+    assert command(epochs=1)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    code, _, err = command(epochs=1)
+    assert code == 2
+    assert "--overwrite" in err
+    # not even with --overwrite, if something else is wrong
+    assert command(epochs=1, overwrite="true", target_modules="x")[0] == 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert command(epochs=1, overwrite="true", seed=9)[0] == 0
+    assert (tmp_path / "run" / "history.csv").read_bytes() != before["history.csv"]
+
+
+@pytest.mark.parametrize("key", ["rankk", "overwrite"])
+def test_unknown_keys_of_a_configuration_file_are_listed(key, command, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"{key}: true\n")
+    code, _, err = command(config=tmp_path / "c.yaml")
+    assert code == 2
+    assert f"unknown {key}; options: alpha" in err
+
+
+def test_a_loss_that_is_not_finite_names_step_phase_and_term(
+    command, tmp_path, monkeypatch, read_history
+):
+    forward, seen = AdaptedNetwork.forward, []
+
+    def breaks_at_step_eight(self, batch, latents):
+        if self.training:
+            seen.append(latents.adapter_weights.detach().clone())
+        return forward(self, batch, latents) * (torch.nan if len(seen) == 9 else 1)
+
+    monkeypatch.setattr(AdaptedNetwork, "forward", breaks_at_step_eight)
+    code, _, err = command()
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "step 8, phase anneal: " in err
+    assert "log_likelihood" in err
+    assert len(read_history(tmp_path / "run")) == 8
+    guide = load_file(tmp_path / "run" / "guide.safetensors")
+    # the last weights with a finite loss, not those that the last update made of them
+    assert torch.equal(guide["loc"], seen[7])
+    assert not torch.equal(guide["loc"], seen[8])
