@@ -71,6 +71,8 @@ def bit_operations(
         BOPs, shape (L,), differentiable in the gates.
     """
     bits = tensor_bits(network, bit_gate)
+    if bit_gate is None and rank_gate is not None:  # what is compared lies with the gates
+        bits = {tensor: value.to(rank_gate.device) for tensor, value in bits.items()}
     like = bits["weight"]
     rows = like.new_tensor([spec.out_features for spec in network.specs])
     columns = like.new_tensor([spec.in_features for spec in network.specs])
@@ -115,6 +117,6 @@ def relative_bops(
     tensor(0.2500)
     """
     used = bit_operations(network, rank_gate, bit_gate).sum()
-    full = bit_operations(network).sum() * (reference_bits / FULL_BITS) ** 2
+    full = bit_operations(network).sum().to(used.device) * (reference_bits / FULL_BITS) ** 2
     rest = network.frozen_macs * FULL_BITS**2
     return (used + rest) / (full + network.frozen_macs * reference_bits**2)

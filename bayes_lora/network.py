@@ -41,11 +41,14 @@ class Latents:
         Shape (L, R), in [0, 1]; None keeps every component.
     bit_gate : Tensor or None
         Shape (L, T, K), in [0, 1]; None quantizes nothing.
+    every_level : bool
+        Differentiate in bit gates at 0 and 1 too, where hard concrete draws have no gradient.
     """
 
     adapter_weights: Tensor
     rank_gate: Tensor | None = None
     bit_gate: Tensor | None = None
+    every_level: bool = False
 
 
 class AdaptedNetwork(nn.Module):
@@ -191,7 +194,7 @@ class AdaptedNetwork(nn.Module):
         mixtures: Sequence[dict[str, Mixture]] = [{} for _ in self.specs]
         if latents.bit_gate is not None:
             _check_shape("bit_gate", latents.bit_gate, self.bit_gate_shape)
-            mixtures = self._mixtures(latents.bit_gate)
+            mixtures = self._mixtures(latents.bit_gate, latents.every_level)
         return [
             LayerLatents(*f, component_weights=w, mixtures=m)
             for f, w, m in zip(factors, weights, mixtures, strict=True)
@@ -199,21 +202,20 @@ class AdaptedNetwork(nn.Module):
 
     def split_weights(self, adapter_weights: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Views of A (R, in), e (R,) and B (out, R) of every layer in the flat vector (P,)."""
-        sizes: list[int] = []
-        for spec in self.specs:
-            sizes += [self.rank * spec.in_features, self.rank, spec.out_features * self.rank]
+        sizes = [self.rank * n for s in self.specs for n in (s.in_features, 1, s.out_features)]
         flat = iter(adapter_weights.split(sizes))
         return [
             (next(flat).view(self.rank, -1), next(flat), next(flat).view(-1, self.rank))
             for _ in self.specs
         ]
 
-    def _mixtures(self, bit_gate: Tensor) -> list[dict[str, Mixture]]:
+    def _mixtures(self, bit_gate: Tensor, every_level: bool) -> list[dict[str, Mixture]]:
         weights = level_weights(bit_gate)
+        levels = tuple(range(self.num_levels + 1)) if every_level else None
         on_host = (weights > 0).tolist()  # the one synchronisation of a step
         return [
             {
-                tensor: Mixture(w, tuple(i for i, on in enumerate(flags) if on))
+                tensor: Mixture(w, tuple(i for i, on in enumerate(flags) if on), levels)
                 for tensor, w, flags in zip(
                     self.quantized_tensors, layer_weights.unbind(), layer_flags, strict=True
                 )

@@ -45,10 +45,14 @@ class Mixture(NamedTuple):
         Level weights pi, shape (K + 1,), summing to one.
     active : tuple of int
         Indices of the levels of weight > 0, known on the host.
+    differentiated : tuple of int, optional
+        Indices of the levels whose weight gets a gradient. Default: the active ones, if there
+        are several. (A hard concrete gate at exactly 0 or 1 has no gradient.)
     """
 
     weights: Tensor
     active: tuple[int, ...]
+    differentiated: tuple[int, ...] | None = None
 
 
 def largest_integer(bits: int) -> int:
@@ -98,9 +102,10 @@ class _Mixed(torch.autograd.Function):
         weights: Tensor,
         limits: Tensor,
         active: tuple[int, ...],
+        differentiated: tuple[int, ...],
     ) -> Tensor:
         ctx.save_for_backward(x, weights, limits)
-        ctx.active = active
+        ctx.active, ctx.differentiated = active, differentiated
         if len(active) == 1:
             return quantize(x, limits[active[0]], 2 ** (active[0] + 1))
         total = torch.zeros_like(x)
@@ -112,7 +117,7 @@ class _Mixed(torch.autograd.Function):
     def backward(
         ctx: Any,  # noqa: ANN401
         *gradients: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (gradient,) = gradients
         x, weights, limits = ctx.saved_tensors
         x_gradient = weights_gradient = None
@@ -130,10 +135,10 @@ class _Mixed(torch.autograd.Function):
                     x_gradient += inside.mul_(weights[level])
         if ctx.needs_input_grad[1]:
             weights_gradient = torch.zeros_like(weights)
-            for level in ctx.active:
+            for level in ctx.differentiated:
                 value = quantize(x, limits[level], 2 ** (level + 1))
                 weights_gradient[level] = (gradient * value).sum()
-        return x_gradient, weights_gradient, None, None
+        return x_gradient, weights_gradient, None, None, None
 
 
 def quantize_mixture(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
@@ -162,10 +167,12 @@ def quantize_mixture(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
     >>> quantize_mixture(torch.tensor([0.3]), torch.ones(2), Mixture(weights, (0, 1)))
     tensor([0.2000])
     """
-    weights, active = mixture
-    if len(active) == 1:
+    weights, active, differentiated = mixture
+    if differentiated is None:
+        differentiated = active if len(active) > 1 else ()
+    if not differentiated:
         weights = weights.detach()
-    return _Mixed.apply(x, weights, limits, active)
+    return _Mixed.apply(x, weights, limits, active, differentiated)
 
 
 def largest_value(x: Tensor, dims: Sequence[int]) -> Tensor:

@@ -7,10 +7,12 @@
     settle   at the posterior decision    on             1 (adapter weights only)
 
 Without the warm-up every rank collapses before the adapters have learned what they are for.
-Without the settling the weights are never trained at the gates they are deployed with. A method
-without gates, `lora`, goes through the same phases with everything open and unquantized: the
-prior of its weights is annealed alike. (With its full weight from the first step it held plain
-LoRA back for half of a run on MRPC: Adam makes much of a small gradient.)
+Between joint and settle the posterior of relaxed gates may be refined to that of discrete ones,
+the weights held (`refine.py`); this takes no optimizer steps. Without the settling the weights are
+never trained at the gates they are deployed with. A method without gates, `lora`, goes through
+the same phases with everything open and unquantized: the prior of its weights is annealed alike.
+(With its full weight from the first step it held plain LoRA back for half of a run on MRPC: Adam
+makes much of a small gradient.)
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the number of steps they have, because Adam moves a logit by about its learning 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.errors import NumericalError
+from bayes_lora.inference.batches import forever
 from bayes_lora.inference.elbo import TermwiseELBO
 from bayes_lora.inference.phases import Phase
 from bayes_lora.models.guides import GateGuide
@@ -81,7 +82,7 @@ def fit(
     optimisation: Optimisation,
     accelerator: Accelerator,
     on_step: Callable[[Record], None] = lambda record: None,
-    on_decision: Callable[[Gates], None] = lambda gates: None,
+    decide: Callable[[], Gates] | None = None,
 ) -> Gates:
     """Train model and guide through the phases.
 
@@ -100,8 +101,9 @@ def fit(
     on_step : function
         Called with one record a step: step, phase, kl_weight, every ELBO term in nats per
         example, price, expected share of bit operations, mean open probabilities.
-    on_decision : function
-        Called with the decided gates before they settle.
+    decide : function, optional
+        Called once, when the gates have been sampled, for the gates to settle at; default: the
+        guide's decision.
 
     Returns
     -------
@@ -114,13 +116,14 @@ def fit(
         If the loss or its gradient is not finite; the parameters are the last ones whose loss
         was finite.
     """
+    decide = decide or guide.decision
     elbo = TermwiseELBO()
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
     optimizer, scheduler = _optimizer(module, guide, optimisation, total_steps)
     in_order = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    batches = _forever(loader)
+    batches = forever(loader)
     fixed: Gates | None = Gates()
     model.train()  # from_pretrained leaves a backbone without dropout
     steps = count()
@@ -133,13 +136,14 @@ def fit(
             if phase.gates == "sampled":
                 fixed = None
             elif phase.gates == "decided":
-                fixed = guide.decision()
-                on_decision(fixed)
+                fixed = decide()
             for step in range(phase.steps):
                 kl_weight = phase.kl_weight(step)
                 batch = dict(next(batches))
                 loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
-                record = _record(next(steps), phase.name, kl_weight, loss, elbo, model, guide)
+                record = record_step(
+                    next(steps), phase.name, kl_weight, loss.item(), elbo.terms, model, guide
+                )
                 if not torch.isfinite(loss):
                     _copy(good, parameters)
                     raise _not_finite(record)
@@ -162,8 +166,7 @@ def fit(
                 progress.set_postfix_str(_summary(record), refresh=False)
                 progress.update()
     if fixed is None:  # nothing settled
-        fixed = guide.decision()
-        on_decision(fixed)
+        fixed = decide()
     return fixed
 
 
@@ -203,22 +206,18 @@ def _optimizer(
     return optimizer, LambdaLR(optimizer, [warmed_up_then_linear, lambda step: 1.0])
 
 
-def _forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    while True:
-        yield from loader
-
-
-def _record(
+def record_step(
     step: int,
     phase: str,
     kl_weight: float,
-    loss: Tensor,
-    elbo: TermwiseELBO,
+    loss: float,
+    terms: Mapping[str, Tensor | float],
     model: BayesianLoRA,
     guide: GateGuide,
 ) -> Record:
-    record: Record = {"step": step, "phase": phase, "kl_weight": kl_weight, "loss": loss.item()}
-    record |= {name: float(term) / model.num_examples for name, term in elbo.terms.items()}
+    """One line of the history: the terms of the ELBO, in nats, become nats per example."""
+    record: Record = {"step": step, "phase": phase, "kl_weight": kl_weight, "loss": loss}
+    record |= {name: float(term) / model.num_examples for name, term in terms.items()}
     probabilities = guide.open_probabilities()
     record["price"] = getattr(model.priors.gates, "price", 0.0)
     record["expected_bops"] = float(relative_bops(model.network, *probabilities))

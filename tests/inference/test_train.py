@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from bayes_lora.inference.phases import Phase, plan
-from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.table import rank_and_bits_table
 from bayes_lora.inference.train import gate_learning_rate
 from bayes_lora.models.model import Gates
-from bayes_lora.targets import LayerSpec
 
 
 @pytest.mark.parametrize("total", [1, 7, 93, 1000])
@@ -62,37 +60,3 @@ def test_table_shows_decision_and_its_exact_probability(network):
         *("4", "72%"),
         *("2", "30%"),
     ]
-
-
-def test_picture_has_one_panel_a_quantity_and_one_cell_a_layer(network):
-    half = Gates(torch.full((12, 3), 0.5), torch.full((12, 6, 3), 0.25))
-    figure = plot_rank_and_bits(network, half)
-    panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == [
-        "rank (of 3)",
-        "bits of weight",
-        "bits of input",
-    ]
-    for axes, mean in zip(
-        panels, (0.5 + 0.25 + 0.125, *(1.5 + 0.75 + 0.375 + 0.25,) * 2), strict=True
-    ):
-        texts = [text.get_text() for text in axes.texts]
-        assert len(texts) == 12
-        assert all(text.startswith(f"{mean:.1f}") for text in texts)
-    with pytest.raises(ValueError, match="nothing to show"):
-        plot_rank_and_bits(network, Gates())
-
-
-def test_picture_names_blocks_in_full_where_their_numbers_repeat(network):
-    paths = [f"{part}.block.{i}.layer.{j}.q" for part in ("encoder", "decoder") for i in (0, 1)
-             for j in (0, 1)] + ["projections.0"]  # fmt: skip
-    network.specs = [LayerSpec(path, 4, 4) for path in paths]
-    assert [(spec.block, spec.kind) for spec in network.specs[-2:]] == [
-        ("decoder.block.1", "layer.1.q"),
-        ("projections.0", ""),
-    ]
-    figure = plot_rank_and_bits(network, Gates(torch.full((9, 3), 0.5)))
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1",
-                     "projections.0"]  # fmt: skip
-    assert len({text.get_position() for text in figure.axes[0].texts}) == 9
