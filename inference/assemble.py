@@ -17,7 +17,11 @@ from bayes_lora.network import AdaptedNetwork
 
 
 def assemble(
-    config: FinetuneConfig, backbone: Backbone, likelihood: PyroModule, num_examples: int
+    config: FinetuneConfig,
+    backbone: Backbone,
+    likelihood: PyroModule,
+    priors: Priors,
+    num_examples: int,
 ) -> tuple[BayesianLoRA, GateGuide]:
     """Put model and guide together as configured.
 
@@ -29,6 +33,8 @@ def assemble(
         The pretrained transformer; its model is adapted in place.
     likelihood : PyroModule
         From the network's output to the distribution of a label.
+    priors : Priors
+        As from `configured_priors`, or any other.
     num_examples : int
         N, the size of the training set.
 
@@ -56,7 +62,7 @@ def assemble(
     model = BayesianLoRA(
         network,
         likelihood,
-        configured_priors(config),
+        priors,
         num_examples,
         rank_gates=posterior.method in ("r", "qr"),
         bit_gates=posterior.method in ("q", "qr"),

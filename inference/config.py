@@ -65,6 +65,15 @@ class PosteriorConfig:
     target_bops: float | None = _option(
         None, "share of 32-bit operations to meet in expectation; the price is then found"
     )
+    refine_epochs: float = _option(
+        0.0,
+        "passes over the training set that refine the posterior to that of discrete gates (r)",
+    )
+    draws: int = _option(8, "of gates and weights, that predictions are averaged over")
+    save_weight_draws: bool = _option(False, "keep adapter weights in posterior.nc as well")
+    prior_predictive: bool = _option(
+        False, "only show what the prior implies for rank, bits and bit operations; no training"
+    )
 
 
 @dataclass
@@ -88,6 +97,7 @@ class TrainingConfig:
     joint_share: float = _option(0.25, "share of the steps at full KL weight; the rest settles")
     mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "autocast of the network")
     seed: int = _option(0, "of everything random")
+    restarts: int = _option(1, "independent runs, of seeds seed, seed + 1, ...: the chains")
 
 
 @dataclass
@@ -117,7 +127,9 @@ class FinetuneConfig:
         network, posterior, training = self.network, self.posterior, self.training
         shares = (training.warmup_share, training.anneal_share, training.joint_share)
         rules = {
-            "output_dir is missing: say where the run goes": bool(training.output_dir),
+            "output_dir is missing: say where the run goes": bool(
+                training.output_dir or posterior.prior_predictive
+            ),
             f"rank is {network.rank}: give at least 1": network.rank >= 1,
             f"alpha is {network.alpha}: give a number > 0": 0 < network.alpha < math.inf,
             f"epochs is {training.epochs}: give a number > 0": 0 < training.epochs < math.inf,
@@ -141,6 +153,17 @@ class FinetuneConfig:
             f"target_bops is {posterior.target_bops}: give a share in (0, 1)": (
                 posterior.target_bops is None or 0 < posterior.target_bops < 1
             ),
+            f"refine_epochs is {posterior.refine_epochs}: give at least 0": (
+                0 <= posterior.refine_epochs < math.inf
+            ),
+            "refine_epochs needs --method r: behind quantizers there is no exact gradient yet": (
+                posterior.refine_epochs == 0 or posterior.method == "r"
+            ),
+            "prior_predictive shows the prior at one price: give --price, not --target_bops": (
+                posterior.target_bops is None or not posterior.prior_predictive
+            ),
+            f"draws is {posterior.draws}: give at least 1": posterior.draws >= 1,
+            f"restarts is {training.restarts}: give at least 1": training.restarts >= 1,
             "quantized_tensors is empty: name some, or choose --method r": bool(
                 network.quantized_tensors or posterior.method in ("r", "lora")
             ),
@@ -177,7 +200,7 @@ class _Parser(HfArgumentParser):
         raise InputError(f"{message}{hint}")
 
 
-NOT_IN_FILES = {"overwrite"}
+NOT_IN_FILES = {"overwrite", "prior_predictive"}
 PARTS = (DataConfig, NetworkConfig, PosteriorConfig, TrainingConfig)
 
 

@@ -3,22 +3,24 @@
     config -> data -> network with adapters -> model and guide -> SVI -> decision -> metrics
 
 What the output folder holds afterwards: config.yaml, history.csv (nats per example, one line a
-step), metrics.json, table.txt, rank_and_bits.png, guide.safetensors (posterior of weights and
-gates) and head.safetensors (trained head, likelihood, ranges of the quantizers).
+step), metrics.json, table.txt, rank_and_bits.png, posterior.nc (draws of the posterior, for
+ArviZ), guide.safetensors (posterior of weights and gates) and head.safetensors (trained head,
+likelihood, ranges of the quantizers). With restarts, every one has such a folder inside, and
+posterior.nc has them as chains.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import datasets
 import pyro
@@ -26,16 +28,18 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import DataLoader
 
 from bayes_lora.costs import relative_bops, tensor_bits
-from bayes_lora.inference.assemble import assemble
+from bayes_lora.errors import InputError
+from bayes_lora.inference.assemble import assemble, configured_priors
 from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.batches import forever, training_batches
+from bayes_lora.inference.bundle import combine, quantities, read_bundle, write_bundle
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task, tokenize
-from bayes_lora.inference.elbo import KL_TERMS
+from bayes_lora.inference.draws import draw_prior
 from bayes_lora.inference.files import (
     check_free,
     open_folder,
@@ -43,18 +47,22 @@ from bayes_lora.inference.files import (
     write_tensors,
     write_text,
 )
+from bayes_lora.inference.history import History
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
-from bayes_lora.inference.predict import predict
-from bayes_lora.inference.table import rank_and_bits_table
+from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
+from bayes_lora.inference.predict import averaged, predict
+from bayes_lora.inference.refine import DRAWS, refine_guide
+from bayes_lora.inference.table import prior_table, rank_and_bits_table
 from bayes_lora.inference.tasks import Task
-from bayes_lora.inference.train import Optimisation, Record, fit, gate_learning_rate
+from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
 from bayes_lora.models.likelihoods import Classification, Regression
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import GibbsGates, Priors
 from bayes_lora.network import AdaptedNetwork
 
+DIAGNOSIS = ("diagnosis.json", "report.html")  # of `bayes-lora diagnose`: an old one must go
 OUTPUTS = (
     "config.yaml",
     "history.csv",
@@ -63,25 +71,25 @@ OUTPUTS = (
     "rank_and_bits.png",
     "guide.safetensors",
     "head.safetensors",
+    "posterior.nc",
+    *DIAGNOSIS,
 )
-HISTORY_COLUMNS = (
-    "step", "phase", "kl_weight", "loss", "log_likelihood", *KL_TERMS, "energy",
-    "price", "expected_bops", "mean_open_rank", "mean_open_bits",
-)  # fmt: skip
 
 
-def finetune(config: FinetuneConfig) -> dict[str, float]:
+def finetune(config: FinetuneConfig, priors: Priors | None = None) -> dict[str, float]:
     """Fine-tune as configured, write the results to `config.training.output_dir`.
 
     Parameters
     ----------
     config : FinetuneConfig
         As from `parse`.
+    priors : Priors, optional
+        In place of those that the configuration makes.
 
     Returns
     -------
     dict of str to float
-        What `metrics.json` holds.
+        What `metrics.json` holds; with restarts, the means over them.
 
     Raises
     ------
@@ -92,39 +100,53 @@ def finetune(config: FinetuneConfig) -> dict[str, float]:
     """
     # parameters live in their modules, not in Pyro's global store: no run leaks into the next
     with pyro.settings.context(module_local_params=True):
-        return _finetune(config)
+        priors = priors or configured_priors(config)
+        if config.training.restarts > 1:
+            return _restarts(config, priors)
+        return _finetune(config, deepcopy(priors), data_seed=config.training.seed)
 
 
-def _finetune(config: FinetuneConfig) -> dict[str, float]:
+def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
+    settings, folder = config.training, Path(config.training.output_dir)
+    check_free(folder, OUTPUTS, settings.overwrite)
+    folders = [folder / f"restart-{k}" for k in range(settings.restarts)]
+    for inner in folders:
+        check_free(inner, OUTPUTS, settings.overwrite)
+    found = []
+    for k, inner in enumerate(folders):
+        training = replace(settings, seed=settings.seed + k, output_dir=str(inner), restarts=1)
+        inside = replace(config, training=training)
+        found.append(_finetune(inside, deepcopy(priors), data_seed=settings.seed))
+    open_folder(folder, OUTPUTS)
+    chains = [read_bundle(inner / "posterior.nc") for inner in folders]
+    write_bundle(folder / "posterior.nc", combine(chains))
+    means = {name: fmean(metrics[name] for metrics in found) for name in found[0]}
+    means["seconds"] *= len(found)
+    write_text(folder / "metrics.json", json.dumps(means, indent=2) + "\n")
+    return means
+
+
+def _finetune(config: FinetuneConfig, priors: Priors, data_seed: int) -> dict[str, float]:
     started = time.monotonic()
     settings, folder = config.training, Path(config.training.output_dir)
     check_free(folder, OUTPUTS, settings.overwrite)
     pyro.set_rng_seed(settings.seed)
-    task, train, validation = load_task(config.data, settings.seed)
+    task, train, validation = load_task(config.data, data_seed)
     backbone = load_backbone(config.network.backbone, task.num_labels)
     collate = transformers.DataCollatorWithPadding(backbone.tokenizer)
     train, validation = (
         tokenize(part, task, backbone.tokenizer, config.data.max_length)
         for part in (train, validation)
     )
-    draw = torch.Generator().manual_seed(settings.seed)
-    train_loader = DataLoader(
-        train,
-        batch_size=settings.batch_size,
-        sampler=(
-            LengthGroupedSampler(settings.batch_size, train, generator=draw)
-            if settings.train_sampling_strategy == "group_by_length"
-            else RandomSampler(train, generator=draw)
-        ),
-        drop_last=len(train) >= settings.batch_size,  # so that examples weigh the same
-        collate_fn=collate,
+    train_loader = training_batches(
+        train, collate, settings.batch_size, settings.train_sampling_strategy, settings.seed
     )
     validation_loader = DataLoader(validation, batch_size=64, collate_fn=collate)
     labels = torch.tensor(validation["labels"]).numpy()
 
     targets = torch.tensor(train["labels"])
     likelihood = Regression.of(targets) if task.is_regression else Classification()
-    model, guide = assemble(config, backbone, likelihood, len(train))
+    model, guide = assemble(config, backbone, likelihood, priors, len(train))
     phases = plan(
         max(1, round(settings.epochs * len(train_loader))),
         (settings.warmup_share, settings.anneal_share, settings.joint_share),
@@ -136,54 +158,62 @@ def _finetune(config: FinetuneConfig) -> dict[str, float]:
         settings.max_grad_norm,
     )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-
-    def evaluate(gates: Gates) -> dict[str, float]:
-        return evaluate_predictions(task, *predict(model, guide, validation_loader, gates), labels)
-
     open_folder(folder, OUTPUTS)
     resolved = resolve(config, task, optimisation, model.priors)
     header = [f"priors: {model.priors}", f"classes: {', '.join(task.label_names) or 'none'}"]
     write_text(folder / "config.yaml", resolved.to_yaml(header))
-    last: dict[str, Any] = {}
-    last_epoch: deque[float] = deque(maxlen=len(train_loader))
     unsettled: dict[str, float] = {}
-    with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
-        history = csv.DictWriter(file, HISTORY_COLUMNS, restval="")
-        history.writeheader()
+    iterations = ceil(config.posterior.refine_epochs * len(train_loader) / DRAWS)
 
-        def on_step(record: Record) -> None:
-            history.writerow(record)
-            file.flush()
-            last.update(record)
-            last_epoch.append(float(record["log_likelihood"]))
+    def decide() -> Gates:
+        if not model.gated:
+            return guide.decision()
+        if iterations:
+            # batches of their own, so that all methods are trained on the same ones
+            batches = forever(
+                training_batches(train, collate, settings.batch_size, "random", settings.seed + 1)
+            )
+            with accelerator.autocast():
+                refine_guide(model, guide, batches, iterations, DRAWS, on_iteration=history.refined)
+        gates = guide.decision()
+        prediction = predict(model, guide, validation_loader, gates)
+        unsettled["score_before_settling"] = evaluate_predictions(task, *prediction, labels)[
+            "score"
+        ]
+        return gates
 
-        def on_decision(gates: Gates) -> None:
-            if model.gated:  # otherwise nothing is trained yet
-                unsettled["score_before_settling"] = evaluate(gates)["score"]
-
+    steps = sum(phase.steps for phase in phases) + iterations
+    with History(folder / "history.csv", model, guide, steps) as history:
         try:
             gates = fit(
-                model, guide, train_loader, phases, optimisation, accelerator, on_step, on_decision
+                model, guide, train_loader, phases, optimisation, accelerator, history.add, decide
             )
         finally:  # also after a numerical failure: the last good parameters
             write_tensors(folder / "guide.safetensors", dict(guide.state_dict()))
             write_tensors(folder / "head.safetensors", trained_state(model))
 
     metrics = {
-        **evaluate(gates),
+        **evaluate_predictions(task, *predict(model, guide, validation_loader, gates), labels),
         **unsettled,
-        "log_likelihood": sum(last_epoch) / len(last_epoch) * len(train),  # of the training set
-        **{name: last[name] * len(train) for name in (*KL_TERMS, "energy") if name in last},
+        **history.last(len(train_loader)),
         **size(model.network, gates),
         "seconds": time.monotonic() - started,
     }
     if model.gated:
-        metrics |= {"price": last["price"], "expected_bops": last["expected_bops"]}
-        probabilities = guide.open_probabilities()
-        table = rank_and_bits_table(model.network, probabilities, gates)
+        table = rank_and_bits_table(model.network, guide.open_probabilities(), gates)
         write_text(folder / "table.txt", table)
-        picture = plot_rank_and_bits(model.network, probabilities)
-        write_figure(folder / "rank_and_bits.png", picture)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+    posterior, prediction = sample_posterior(
+        model, guide, task, train, validation, collate, history,
+        config.posterior.draws, settings.seed, config.posterior.save_weight_draws,
+    )  # fmt: skip
+    write_bundle(folder / "posterior.nc", posterior)
+    if model.gated:
+        write_figure(folder / "rank_and_bits.png", plot_rank_and_bits(posterior))
+    over_draws = evaluate_predictions(task, *averaged(prediction), labels)
+    metrics |= {f"averaged_{name}": value for name, value in over_draws.items()}
+    metrics["seconds"] = time.monotonic() - started
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -226,6 +256,17 @@ def size(network: AdaptedNetwork, gates: Gates) -> dict[str, float]:
     }
 
 
+def prior_predictive(config: FinetuneConfig) -> str:
+    """What the prior implies for rank, bits and bit operations, as text; nothing is trained."""
+    backbone = load_backbone(config.network.backbone, num_labels=2)
+    priors = configured_priors(config)
+    model, _ = assemble(config, backbone, Classification(), priors, num_examples=1)
+    if not model.gated:
+        raise InputError("prior_predictive needs gates: choose another method than lora")
+    gates = draw_prior(model, PRIOR_DRAWS, torch.Generator().manual_seed(config.training.seed))
+    return prior_table(model.network, quantities(model.network, gates, PRIOR_DRAWS))
+
+
 def run(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune as the command line says, and print table and metrics."""
     transformers.logging.set_verbosity_error()
@@ -234,6 +275,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     config = parse(arguments)
+    if config.posterior.prior_predictive:
+        print(prior_predictive(config))
+        return
     metrics = finetune(config)
     folder = Path(config.training.output_dir)
     if (folder / "table.txt").exists():

@@ -1,21 +1,39 @@
-"""Predictions of a trained model with its gates held at a decision."""
+"""Predictive distributions of a trained model: at one setting of the gates, or over draws.
+
+A prediction is a pair of arrays. Classification: probabilities (..., examples, classes) and an
+empty array. Regression: means (..., examples) and standard deviations (..., examples).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
+from bayes_lora.inference.metrics import SMALLEST_PROBABILITY
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.network import Latents
 
+FloatArray = NDArray[np.floating]
+Prediction = tuple[FloatArray, FloatArray]
+
 
 @torch.no_grad()
 def predict(
-    model: BayesianLoRA, guide: GateGuide, loader: DataLoader, gates: Gates
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distribution of every label at fixed gates and the adapter weights' location.
+    model: BayesianLoRA,
+    guide: GateGuide,
+    loader: DataLoader,
+    gates: Gates,
+    adapter_weights: Tensor | None = None,
+) -> Prediction:
+    """Distribution of every label at fixed gates and adapter weights.
 
     Parameters
     ----------
@@ -25,17 +43,20 @@ def predict(
         Batches; `labels` are not looked at.
     gates : Gates
         What to hold the gates at.
+    adapter_weights : Tensor, optional
+        Flat vector, shape (P,); default: the location of the posterior.
 
     Returns
     -------
     tuple of two ndarrays
-        Classification: probabilities (examples, classes) and an empty array. Regression: means
-        (examples,) and standard deviations (examples,).
+        Probabilities (examples, classes) and an empty array; or means and standard deviations,
+        both (examples,).
     """
     was_training = model.training
     model.eval()
     device = guide.loc.device
-    latents = Latents(guide.loc, *gates)
+    held = Gates(*(None if z is None else z.to(device) for z in gates))
+    latents = Latents(guide.loc if adapter_weights is None else adapter_weights, *held)
     first, second = [], []
     for batch in loader:
         inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
@@ -49,3 +70,75 @@ def predict(
     return tuple(  # type: ignore[return-value]
         torch.cat(parts).cpu().numpy() if parts else np.empty(0) for parts in (first, second)
     )
+
+
+def predict_draws(
+    model: BayesianLoRA,
+    guide: GateGuide,
+    loader: DataLoader,
+    gates: Sequence[Gates],
+    weights: Iterable[Tensor],
+) -> Prediction:
+    """Distribution of every label at every draw of gates and adapter weights.
+
+    Parameters
+    ----------
+    model, guide, loader
+        As in `predict`.
+    gates : sequence of Gates
+        S draws.
+    weights : iterable of Tensor
+        S draws of the flat vector, shape (P,) each.
+
+    Returns
+    -------
+    tuple of two ndarrays
+        As of `predict`, with a first axis for the draws.
+    """
+    pairs = tqdm(zip(weights, gates, strict=True), desc="predict", unit="draw", disable=None)
+    found = [predict(model, guide, loader, held, drawn) for drawn, held in pairs]
+    first, second = zip(*found, strict=True)
+    return np.stack(first), np.stack(second)
+
+
+def averaged(prediction: Prediction) -> Prediction:
+    """Average the predictive distributions of all draws into one.
+
+    Probabilities are averaged; a mixture of normal distributions is given by its mean and its
+    standard deviation, which is exact for all moments up to the second.
+
+    Examples
+    --------
+    >>> mean, deviation = averaged((np.array([[0.0], [2.0]]), np.ones((2, 1))))
+    >>> mean.tolist(), (deviation**2).round(6).tolist()
+    ([1.0], [2.0])
+    """
+    first, second = prediction
+    mean = first.mean(0)
+    if not second.size:
+        return mean, np.empty(0)
+    return mean, np.sqrt((second**2).mean(0) + first.var(0))
+
+
+def log_likelihood(prediction: Prediction, labels: NDArray[np.number]) -> FloatArray:
+    """Log likelihood of every label at every draw, nats: shape (S, examples).
+
+    Examples
+    --------
+    >>> log_likelihood((np.array([[[0.25, 0.75]]]), np.empty(0)), np.array([1])).round(4).tolist()
+    [[-0.2877]]
+    """
+    first, second = prediction
+    if second.size:
+        return np.asarray(stats.norm.logpdf(labels, first, second))
+    chosen = np.take_along_axis(first, labels.astype(int)[None, :, None], -1)[..., 0]
+    return np.log(np.maximum(chosen.astype(np.float64), SMALLEST_PROBABILITY))
+
+
+def draw_labels(prediction: Prediction, generator: np.random.Generator) -> NDArray[np.number]:
+    """Draw a label for every example at every draw: shape (S, examples)."""
+    first, second = prediction
+    if second.size:
+        return generator.normal(first, second)
+    u = generator.random(first.shape[:-1])[..., None]
+    return np.minimum((u > first.cumsum(-1)).sum(-1), first.shape[-1] - 1)

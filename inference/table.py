@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_lora.gates import level_weights, rank_probabilities
@@ -47,6 +51,46 @@ def rank_and_bits_table(network: AdaptedNetwork, probabilities: Gates, decision:
     ]
     lines += [_row(cells, columns) for cells in zip(*columns.values(), strict=True)]
     return "\n".join(lines) + "\n"
+
+
+def prior_table(network: AdaptedNetwork, draws: Mapping[str, NDArray[np.number]]) -> str:
+    """Lay out what a prior implies for rank, bits and bit operations.
+
+    Parameters
+    ----------
+    network : AdaptedNetwork
+        Names of the layers, kinds of tensors.
+    draws : mapping of str to ndarray
+        Draws of `rank` (S, L), `bits` (S, L, T), as far as there are, and `relative_bops` (S,).
+
+    Returns
+    -------
+    str
+        One line a layer with the prior mean and standard deviation of its rank and bits; then the
+        share of bit operations.
+    """
+    columns: dict[str, list[str]] = {"layer": _short_names([s.path for s in network.specs])}
+    if "rank" in draws:
+        columns["rank"] = _spread(draws["rank"])
+    if "bits" in draws:
+        for t, tensor in enumerate(network.quantized_tensors):
+            columns[tensor] = _spread(draws["bits"][:, :, t])
+    low, middle, high = np.quantile(draws["relative_bops"], [0.05, 0.5, 0.95])
+    lines = [
+        f"Prior mean and standard deviation of rank (of {network.rank}) and bits.",
+        _row(list(columns), columns),
+    ]
+    lines += [_row(cells, columns) for cells in zip(*columns.values(), strict=True)]
+    lines += [
+        f"Bit operations relative to 32 x 32 bits: {middle:.2%}, "
+        f"with prior probability 0.9 between {low:.2%} and {high:.2%}"
+    ]
+    return "\n".join(lines)
+
+
+def _spread(draws: NDArray[np.number]) -> list[str]:
+    pairs = zip(draws.mean(0).tolist(), draws.std(0).tolist(), strict=True)
+    return [f"{mean:.1f} ±{deviation:.1f}" for mean, deviation in pairs]
 
 
 def _cells(values: Tensor, index: Tensor, distribution: Tensor) -> list[str]:

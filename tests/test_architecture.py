@@ -92,6 +92,15 @@ def test_the_parts_know_no_pyro_primitives(path):
     assert pyro_primitives(ast.parse(path.read_text())) == []
 
 
+def test_arviz_is_imported_in_one_file():
+    found = [
+        show(path)
+        for path in files(*PACKAGES)
+        if any(is_within(name, "arviz") for name in imports(ast.parse(path.read_text()), ""))
+    ]
+    assert found == ["inference/bundle.py"]
+
+
 @pytest.mark.parametrize("path", files("bayes_lora"), ids=show)
 def test_inside_bayes_lora_levels_go_one_way(path):
     own = level_of(path.stem)

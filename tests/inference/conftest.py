@@ -3,15 +3,27 @@
 import csv
 import json
 
+import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference import posterior
 from bayes_lora.inference.agreement import generate
+from bayes_lora.inference.bundle import Draws, bundle
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.data import DataConfig, load_task
+from bayes_lora.inference.draws import draw_posterior, draw_prior
+from bayes_lora.inference.history import History
+from bayes_lora.inference.predict import log_likelihood
+from bayes_lora.inference.train import record_step
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Classification
+from bayes_lora.models.model import BayesianLoRA
+from bayes_lora.models.priors import IndependentGates, Priors
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
 
@@ -109,8 +121,10 @@ def inputs(folder, backbone):
 
 
 @pytest.fixture
-def command(inputs, tmp_path, capsys):
+def command(inputs, tmp_path, capsys, monkeypatch):
     """Run `bayes-lora finetune` with changes to a small run; returns exit code and outputs."""
+    monkeypatch.setattr(posterior, "POSTERIOR_DRAWS", 4)
+    monkeypatch.setattr(posterior, "PRIOR_DRAWS", 3)
 
     def run(**changes):
         AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would
@@ -122,6 +136,7 @@ def command(inputs, tmp_path, capsys):
             "rank": 3,
             "epochs": 4,
             "batch_size": 20,
+            "draws": 2,
             "max_length": 40,
             "output_dir": tmp_path / "run",
         } | changes
@@ -145,3 +160,51 @@ def read_history():
             return list(csv.DictReader(file))
 
     return read_history
+
+
+@pytest.fixture
+def made_bundle(network, tmp_path):
+    """Make a bundle of a guide with the given gate logits, with invented examples."""
+
+    def make(rank_logits=None, bit_logits=None, draws=60, seed=0, classes=("no", "yes")):
+        gates = IndependentGates(rank_logits=-0.7, bit_logits=0.3)
+        model = BayesianLoRA(
+            network, Classification(), Priors(gates=gates), num_examples=80,
+            rank_gates=rank_logits is not None, bit_gates=bit_logits is not None,
+        )  # fmt: skip
+        guide = GateGuide(model, torch.zeros(network.num_adapter_weights))
+        generator = torch.Generator().manual_seed(seed)
+        numbers = np.random.default_rng(seed)
+        with History(tmp_path / f"history{seed}.csv", model, guide, steps=4) as history:
+            for step, phase in enumerate(("warmup", "joint", "joint", "settle")):
+                terms = {"log_likelihood": -60.0 + step, "kl_adapter_weights": 3.0}
+                history.add(record_step(step, phase, 1.0, 0.7, terms, model, guide))
+        with torch.no_grad():
+            for parameter, logits in (
+                (guide.rank_logits, rank_logits), (guide.bit_logits, bit_logits)
+            ):  # fmt: skip
+                if logits is not None:
+                    parameter.copy_(logits)
+        labels = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1])
+        probability = numbers.dirichlet([2, 1], (draws, 9))
+        drawn = draw_posterior(guide, draws, generator)
+        return bundle(
+            network,
+            Draws(
+                gates=drawn,
+                log_likelihood=log_likelihood((probability, np.empty(0)), labels),
+                predicted_labels=labels[None].repeat(draws, 0),
+                log_q=numbers.normal(size=draws),
+                log_p=numbers.normal(size=draws),
+                predictions=(probability, np.empty(0)),
+            ),
+            prior=draw_prior(model, 200, generator),
+            prior_draws=200,
+            history=history,
+            labels=dict(enumerate(labels.tolist())),
+            validation_labels=labels,
+            classes=classes,
+            attributes={"task": "custom", "training_examples": 80, "rank_structure": "nested"},
+        )
+
+    return make

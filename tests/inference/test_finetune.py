@@ -7,22 +7,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import parse
-from bayes_lora.inference.finetune import OUTPUTS
+from bayes_lora.inference.finetune import DIAGNOSIS, OUTPUTS
 from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 
 
 @pytest.mark.parametrize("method", ["qr", "q", "r", "lora"])
 def test_a_run_leaves_everything_it_promises(method, command, tmp_path, read_history):
-    code, out, err = command(method=method)
+    refine_epochs = 2 if method == "r" else 0
+    code, out, err = command(method=method, refine_epochs=refine_epochs)
     assert code == 0, err
     run = tmp_path / "run"
-    expected = set(OUTPUTS) - ({"rank_and_bits.png", "table.txt"} if method == "lora" else set())
+    expected = set(OUTPUTS) - set(DIAGNOSIS)
+    expected -= {"rank_and_bits.png", "table.txt"} if method == "lora" else set()
     assert {path.name for path in run.iterdir()} == expected
     metrics = json.loads((run / "metrics.json").read_text())
     promised = {"score", "accuracy", "nll", "ece", "brier", "log_likelihood", "mean_rank"}
+    promised |= {"averaged_score", "averaged_nll", "averaged_ece", "averaged_brier"}
     promised |= {"kl_adapter_weights", "relative_bops_32", "relative_bops_16", "seconds"}
     promised |= {f"mean_bits_{t}" for t in ("weight", "A", "e", "B", "input", "hidden")}
     promised |= {"kl_rank_gate"} if "r" in method.replace("lora", "") else set()
@@ -33,9 +37,11 @@ def test_a_run_leaves_everything_it_promises(method, command, tmp_path, read_his
     assert ("score_before_settling" in metrics) == (method != "lora")
     assert metrics["relative_bops_16"] == pytest.approx(4 * metrics["relative_bops_32"])
     history = read_history(run)
-    assert [int(row["step"]) for row in history] == list(range(24))
+    # a refinement takes no optimizer step
+    assert [int(r["step"]) for r in history if r["phase"] != "refine"] == list(range(24))
     phases = list(dict.fromkeys(row["phase"] for row in history))
-    assert phases == ["warmup", "anneal", "joint", "settle"]  # of lora too: the prior is annealed
+    refine = ["refine"] if method == "r" else []
+    assert phases == ["warmup", "anneal", "joint", *refine, "settle"]  # lora: its prior is annealed
     assert {row["kl_weight"] for row in history if row["phase"] == "warmup"} == {"0.0"}
     if method != "lora":
         table = (run / "table.txt").read_text()
@@ -112,9 +118,15 @@ def test_batches_of_like_length_have_less_padding(command, monkeypatch):
     assert padding["group_by_length"] < 0.6 * padding["random"]
 
 
-def test_the_loss_goes_down_with_real_weights_and_all_gates(tmp_path, read_history):
+def test_the_loss_goes_down_with_real_weights_and_all_gates(tmp_path, read_history, monkeypatch):
     """The embedded task on MiniLM, whose frozen features leave it at chance (0.69 nats)."""
-    settings = {"epochs": 1.6, "warmup_share": 0.7, "anneal_share": 0.1, "joint_share": 0.1}
+    settings = {
+        "epochs": 1.6,
+        "draws": 1,
+        "warmup_share": 0.7,
+        "anneal_share": 0.1,
+        "joint_share": 0.1,
+    }
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     assert main(["finetune", "--output_dir", str(tmp_path / "run"), *arguments]) == 0
     history = read_history(tmp_path / "run")
@@ -186,3 +198,82 @@ def test_gates_on_a_few_tensors_are_shown(command, tmp_path):
     code, _, err = command(method="q", quantized_tensors="A B", epochs=1)
     assert code == 0, err
     assert (tmp_path / "run" / "rank_and_bits.png").exists()
+
+
+def test_restarts_have_seeds_and_folders_of_their_own_and_become_chains(command, tmp_path):
+    code, out, err = command(restarts=2, epochs=2)
+    assert code == 0, err
+    seeds = [
+        yaml.safe_load((tmp_path / "run" / f"restart-{k}" / "config.yaml").read_text())["seed"]
+        for k in (0, 1)
+    ]
+    assert seeds == [0, 1]
+    found = read_bundle(tmp_path / "run" / "posterior.nc")
+    assert found.posterior.sizes["chain"] == 2
+    inner = [json.loads((tmp_path / "run" / f"restart-{k}" / "metrics.json").read_text())
+             for k in (0, 1)]  # fmt: skip
+    means = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert means["nll"] == pytest.approx((inner[0]["nll"] + inner[1]["nll"]) / 2)
+    assert inner[0]["nll"] != inner[1]["nll"]
+    assert "nll" in out
+    code, _, err = command(restarts=2, epochs=2)
+    assert code == 2
+    assert "--overwrite" in err
+
+
+def test_the_first_restart_is_the_run_without_restarts(command, tmp_path):
+    assert command(epochs=2)[0] == 0
+    alone = (tmp_path / "run" / "history.csv").read_bytes()
+    assert command(epochs=2, restarts=2, output_dir=tmp_path / "both")[0] == 0
+    assert (tmp_path / "both" / "restart-0" / "history.csv").read_bytes() == alone
+
+
+def test_prior_predictive_trains_nothing(command, tmp_path):
+    code, out, err = command(prior_predictive="true", output_dir=None, price=0)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if ".attention.self.query" in line]
+    # logit 0: ranks 0 ... 3 with 1/2, 1/4, 1/8, 1/8; mean 0.875, of 200 draws
+    assert [float(row[1]) for row in rows] == pytest.approx([0.875] * 2, abs=4.5 * 1.05 / 200**0.5)
+    assert "Bit operations relative to 32 x 32 bits" in out
+    code, _, err = command(prior_predictive="true", method="lora")
+    assert code == 2
+    assert "needs gates" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_refinement_is_in_the_history_and_moves_the_gates(command, tmp_path, read_history):
+    code, _, err = command(method="r", refine_epochs=3.2)  # of six batches; four draws each
+    assert code == 0, err
+    lines = read_history(tmp_path / "run")
+    refined = [line for line in lines if line["phase"] == "refine"]
+    assert len(refined) == 5
+    for line in refined:
+        terms = ("kl_adapter_weights", "kl_rank_gate", "energy")
+        cost = sum(float(line[term]) for term in terms)
+        assert float(line["loss"]) == pytest.approx(cost - float(line["log_likelihood"]))
+    assert refined[0]["mean_open_rank"] != refined[-1]["mean_open_rank"]
+    assert command(method="r", output_dir=tmp_path / "without")[0] == 0
+    without = read_history(tmp_path / "without")
+    assert "refine" not in {line["phase"] for line in without}
+    joint = [line for line in lines if line["phase"] == "joint"]
+    assert joint == [line for line in without if line["phase"] == "joint"]
+
+
+def test_refinement_of_a_run_that_only_settles(command, tmp_path, read_history):
+    shares = {"warmup_share": 0, "anneal_share": 0, "joint_share": 0}
+    code, _, err = command(method="r", refine_epochs=0.1, epochs=1, **shares)
+    assert code == 0, err
+    phases = [row["phase"] for row in read_history(tmp_path / "run")]
+    assert phases[:2] == ["refine", "settle"]
+
+
+def test_weight_draws_are_kept_if_asked_for(command, tmp_path):
+    code, _, err = command(
+        weight_posterior="normal", save_weight_draws="true", epochs=1, rank=1, method="r"
+    )
+    assert code == 0, err
+    found = read_bundle(tmp_path / "run" / "posterior.nc")
+    weights = found.posterior["adapter_weights"]
+    loc = load_file(tmp_path / "run" / "guide.safetensors")["loc"]
+    assert weights.shape == (1, 4, len(loc))
+    assert float(weights.std("draw").min()) > 0

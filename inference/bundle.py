@@ -1,0 +1,295 @@
+"""The posterior of a run as an ArviZ bundle; the one file that imports ArviZ.
+
+    posterior             rank_gate  (chain, draw, layer, component)        0 or 1
+                          bit_gate   (chain, draw, layer, tensor, level)    0 or 1
+                          rank       (chain, draw, layer)
+                          bits       (chain, draw, layer, tensor)
+                          relative_bops (chain, draw)                       of 32 x 32 bits
+    prior                 the same, with draws of its own
+    log_likelihood        label      (chain, draw, example)                 nats
+    posterior_predictive  label      (chain, draw, example)
+    observed_data         label      (example)
+    sample_stats          log_q, log_p (chain, draw), nats
+                          rank_open_probability (chain, layer, component)   of the guide, exact
+                          bit_open_probability (chain, layer, tensor, level)
+                          elbo, log_likelihood, kl_..., energy, price, ... (chain, step), nats
+                          phase (step)
+                          rank_trajectory (chain, recorded_step, layer)     expected rank
+                          bits_trajectory (chain, recorded_step, layer, tensor)
+    predictions           probability (chain, draw, validation_example, class),
+                          or mean and deviation (chain, draw, validation_example)
+    predictions_constant_data   label (validation_example)
+
+A chain is an independent restart of SVI, a draw one of its guide. Draws of one guide are
+independent, so R-hat and effective sample size say nothing about it; only the comparison of
+chains does. Examples are training examples, evenly spaced if there are more than are kept; `log_p`
+then scales their log likelihood up to the whole training set. Log likelihoods and predictions are
+at the settled weights; the guide of the gates is that of the weights before they settled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bayes_lora.costs import relative_bops
+from bayes_lora.gates import expected_bits
+from bayes_lora.inference.draws import unbound
+from bayes_lora.inference.history import History
+from bayes_lora.inference.predict import Prediction
+from bayes_lora.models.model import Gates
+from bayes_lora.network import AdaptedNetwork
+
+Array = NDArray[Any]
+InferenceData = az.InferenceData
+
+DIMS = {
+    "rank_gate": ["layer", "component"],
+    "bit_gate": ["layer", "tensor", "level"],
+    "rank": ["layer"],
+    "bits": ["layer", "tensor"],
+    "label": ["example"],
+    "relative_bops": [],
+    "adapter_weights": ["parameter"],
+    "probability": ["validation_example", "class"],
+    "mean": ["validation_example"],
+    "deviation": ["validation_example"],
+}
+"""Dimensions of every variable that has one value a draw, after (chain, draw)."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the guide of one run gives, at S draws.
+
+    Attributes
+    ----------
+    gates : Gates
+        Open or closed: shapes (S, L, R) and (S, L, T, K).
+    log_likelihood, predicted_labels : Array
+        Of n training examples, nats and labels: shapes (S, n).
+    log_q, log_p : Array
+        Log density of guide and model, nats, up to a constant: shapes (S,).
+    predictions : Prediction
+        Predictive distributions of the validation set, with a first axis S.
+    adapter_weights : Array, optional
+        Shape (S, P), if they are to be kept.
+    """
+
+    gates: Gates
+    log_likelihood: Array
+    predicted_labels: Array
+    log_q: Array
+    log_p: Array
+    predictions: Prediction
+    adapter_weights: Array | None = None
+
+
+def bundle(
+    network: AdaptedNetwork,
+    draws: Draws,
+    prior: Gates,
+    prior_draws: int,
+    history: History,
+    labels: Mapping[int, float],
+    validation_labels: Array,
+    classes: Sequence[str],
+    attributes: Mapping[str, str | float],
+) -> az.InferenceData:
+    """Put one run together as an `InferenceData` of one chain.
+
+    Parameters
+    ----------
+    network : AdaptedNetwork
+        Names of layers and tensors, and what gates cost.
+    draws : Draws
+        From the guide.
+    prior, prior_draws : Gates, int
+        Draws of the prior, and how many.
+    history : History
+        Of the training.
+    labels : mapping of int to float
+        Index in the training set and label of the n examples.
+    validation_labels : Array
+        Shape (validation examples,).
+    classes : sequence of str
+        Names of the classes; empty for a regression.
+    attributes : mapping of str to str or float
+        Of the whole bundle: version, task, method, number of training examples.
+
+    Returns
+    -------
+    InferenceData
+        Groups, dimensions and coordinates as at the head of this file.
+    """
+    posterior = quantities(network, draws.gates, len(draws.log_q))
+    if draws.adapter_weights is not None:
+        posterior["adapter_weights"] = draws.adapter_weights
+    first, second = draws.predictions
+    predictions = {"mean": first, "deviation": second} if second.size else {"probability": first}
+    names = coordinates(network) | {"example": list(labels), "class": list(classes)}
+    return az.InferenceData(
+        posterior=_of_draws(posterior, names),
+        prior=_of_draws(quantities(network, prior, prior_draws), names),
+        posterior_predictive=_of_draws({"label": draws.predicted_labels}, names),
+        log_likelihood=_of_draws({"label": draws.log_likelihood}, names),
+        observed_data=_dataset({"label": (["example"], np.array(list(labels.values())))}, names),
+        sample_stats=_sample_stats(network, draws, history, names),
+        predictions=_of_draws(predictions, names),
+        predictions_constant_data=_dataset(
+            {"label": (["validation_example"], validation_labels)}, names
+        ),
+        attrs=dict(attributes),
+    )
+
+
+def _sample_stats(
+    network: AdaptedNetwork, draws: Draws, history: History, names: Mapping[str, Sequence[Any]]
+) -> xr.Dataset:
+    phases = np.array([str(record["phase"]) for record in history.records])
+    stats: dict[str, tuple[list[str], Array]] = {
+        "log_q": (["chain", "draw"], draws.log_q[None]),
+        "log_p": (["chain", "draw"], draws.log_p[None]),
+        "phase": (["step"], phases),
+    }
+    stats |= {name: (["chain", "step"], v[None]) for name, v in history.traces().items()}
+    rank, bits = history.guide.open_probabilities()
+    along = ["chain", "recorded_step"]
+    if rank is not None:
+        path = [network.structure(g).sum(-1) for g, _ in history.gates.values() if g is not None]
+        stats["rank_open_probability"] = ["chain", *DIMS["rank_gate"]], _one(rank)
+        stats["rank_trajectory"] = [*along, *DIMS["rank"]], _one(torch.stack(path))
+    if bits is not None:
+        path = [expected_bits(g) for _, g in history.gates.values() if g is not None]
+        stats["bit_open_probability"] = ["chain", *DIMS["bit_gate"]], _one(bits)
+        stats["bits_trajectory"] = [*along, *DIMS["bits"]], _one(torch.stack(path))
+    return _dataset(stats, {**names, "recorded_step": list(history.gates)})
+
+
+def _of_draws(values: Mapping[str, Array], names: Mapping[str, Sequence[Any]]) -> xr.Dataset:
+    return _dataset({k: (["chain", "draw", *DIMS[k]], v[None]) for k, v in values.items()}, names)
+
+
+def _dataset(
+    values: Mapping[str, tuple[list[str], Array]], names: Mapping[str, Sequence[Any]]
+) -> xr.Dataset:
+    """Variables with a coordinate for every dimension: a name where there is one, or a number."""
+    sizes = {d: n for dims, v in values.values() for d, n in zip(dims, v.shape, strict=True)}
+    return xr.Dataset(dict(values), {d: names.get(d) or np.arange(n) for d, n in sizes.items()})
+
+
+def _one(value: Tensor) -> Array:
+    return value[None].cpu().numpy()
+
+
+def quantities(network: AdaptedNetwork, gates: Gates, draws: int) -> dict[str, Array]:
+    """Gates, rank, bits and relative bit operations of every draw, first axis S."""
+    values: dict[str, Tensor] = {}
+    if gates.rank_gate is not None:
+        rank = network.structure(gates.rank_gate).sum(-1)
+        values |= {"rank_gate": gates.rank_gate, "rank": rank}
+    if gates.bit_gate is not None:
+        values |= {"bit_gate": gates.bit_gate, "bits": expected_bits(gates.bit_gate)}
+    shares = [relative_bops(network, *draw) for draw in unbound(gates, draws)]
+    values["relative_bops"] = torch.stack(shares)
+    return {name: value.cpu().double().numpy() for name, value in values.items()}
+
+
+def coordinates(network: AdaptedNetwork) -> dict[str, list[str] | list[int]]:
+    """Names along every dimension: module paths, components from 1, tensors, bits a gate opens."""
+    return {
+        "layer": [spec.path for spec in network.specs],
+        "component": list(range(1, network.rank + 1)),
+        "tensor": list(network.quantized_tensors),
+        "level": list(network.bits[1:]),
+    }
+
+
+def combine(chains: Sequence[az.InferenceData]) -> az.InferenceData:
+    """Put restarts together as the chains of one bundle.
+
+    Parameters
+    ----------
+    chains : sequence of InferenceData
+        One a restart, of the same model and data.
+
+    Returns
+    -------
+    InferenceData
+        With a dimension `chain` as long as there are restarts; what has none is the first's.
+
+    Raises
+    ------
+    ValueError
+        If they have seen other examples.
+    """
+    if not all(chain["observed_data"].equals(chains[0]["observed_data"]) for chain in chains):
+        raise ValueError("restarts must have seen the same examples")
+    groups: dict[str, Any] = {}
+    for name in chains[0].groups():
+        parts = [chain[name] for chain in chains]
+        if "chain" in parts[0].dims:
+            numbered = [p.assign_coords(chain=[i]) for i, p in enumerate(parts)]
+            groups[name] = xr.concat(
+                numbered,
+                dim="chain",
+                data_vars="minimal",
+                coords="minimal",
+                compat="override",
+                join="exact",
+            )
+        else:
+            groups[name] = parts[0]
+    return az.InferenceData(attrs=chains[0].attrs, **groups)
+
+
+def pareto_k(found: az.InferenceData) -> float:
+    """PSIS k-hat of the guide: how heavy the tail of log p - log q is over its draws.
+
+    The largest of the chains'. Below 0.7 the guide's draws can stand for the posterior's (Yao et
+    al. 2018, arXiv 1802.02538). Not a number if too few draws differ: PSIS needs some 25.
+    """
+    ratios = (found["sample_stats"]["log_p"] - found["sample_stats"]["log_q"]).to_numpy()
+    if not np.ptp(ratios, axis=1).all():
+        return float("nan")
+    largest = max(float(az.psislw(chain)[1]) for chain in ratios)
+    return largest if np.isfinite(largest) else float("nan")
+
+
+def compare(runs: Mapping[str, az.InferenceData]) -> str:
+    """Compare runs by PSIS-LOO on the training examples that they share, as a table.
+
+    Raises
+    ------
+    ValueError
+        If the runs are of other tasks, or kept other examples.
+    """
+    first, *others = runs.values()
+    for other in others:
+        if first.attrs["task"] != other.attrs["task"] or not first["observed_data"].equals(
+            other["observed_data"]
+        ):
+            raise ValueError("the runs have seen other examples: they cannot be compared")
+    return str(az.compare(dict(runs)).to_string())
+
+
+def write_bundle(path: Path, found: az.InferenceData) -> None:
+    """Write a bundle as netCDF, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    found.to_netcdf(str(partial))
+    os.replace(partial, path)
+
+
+def read_bundle(path: Path) -> az.InferenceData:
+    """Read a bundle into memory."""
+    return az.from_netcdf(str(path)).load()

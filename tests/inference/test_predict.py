@@ -1,0 +1,68 @@
+"""Predictions over draws, against closed forms and Monte Carlo within its standard error."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.utils.data import DataLoader
+
+from bayes_lora.inference.predict import (
+    averaged,
+    draw_labels,
+    log_likelihood,
+    predict,
+    predict_draws,
+)
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Classification
+from bayes_lora.models.model import BayesianLoRA, Gates
+from bayes_lora.models.priors import Priors
+
+
+def test_every_draw_is_predicted_with_its_own_gates_and_weights(network, batch, adapter_weights):
+    model = BayesianLoRA(network, Classification(), Priors(), num_examples=5)
+    guide = GateGuide(model, adapter_weights(network))
+    loader = DataLoader([0], collate_fn=lambda _: dict(batch))
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        Gates(*(torch.randint(2, s, generator=generator).float()
+                for s in (network.rank_gate_shape, network.bit_gate_shape)))
+        for _ in range(3)
+    ]  # fmt: skip
+    weights = [adapter_weights(network, seed) for seed in (5, 6, 7)]
+    found, empty = predict_draws(model, guide, loader, draws, weights)
+    assert found.shape == (3, 5, 2)
+    assert not empty.size
+    for s in range(3):
+        alone, _ = predict(model, guide, loader, draws[s], weights[s])
+        assert np.array_equal(found[s], alone)
+    assert not np.allclose(found[0], found[1])
+
+
+def test_log_likelihood_is_that_of_scipy():
+    mean, deviation = np.array([[0.5, -1.0], [2.0, 0.0]]), np.array([[1.0, 2.0], [0.5, 3.0]])
+    labels = np.array([0.2, 0.7])
+    expected = stats.norm(mean, deviation).logpdf(labels)
+    assert np.allclose(log_likelihood((mean, deviation), labels), expected)
+    p = np.array([[[0.2, 0.8], [1.0, 0.0]]])
+    found = log_likelihood((p, np.empty(0)), np.array([1, 1]))
+    assert found[0, 0] == pytest.approx(np.log(0.8))
+    assert np.isfinite(found).all()
+
+
+def test_averages_of_a_mixture_of_normals_by_monte_carlo():
+    generator = np.random.default_rng(0)
+    mean, deviation = np.array([[0.0], [1.5], [4.0]]), np.array([[0.5], [1.0], [2.0]])
+    found, spread = averaged((mean, deviation))
+    part = generator.integers(3, size=200_000)
+    draws = generator.normal(mean[part, 0], deviation[part, 0])
+    assert found[0] == pytest.approx(draws.mean(), abs=4.5 * draws.std() / 200_000**0.5)
+    centred = (draws - draws.mean()) ** 2
+    assert spread[0] ** 2 == pytest.approx(centred.mean(), abs=4.5 * centred.std() / 200_000**0.5)
+
+
+def test_labels_are_drawn_with_their_probabilities():
+    p = np.array([0.1, 0.65, 0.25])
+    labels = draw_labels((np.tile(p, (1, 40_000, 1)), np.empty(0)), np.random.default_rng(0))
+    shares = np.bincount(labels[0], minlength=3) / 40_000
+    assert (abs(shares - p) < 4.5 * (p * (1 - p) / 40_000) ** 0.5).all()
