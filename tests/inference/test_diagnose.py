@@ -1,0 +1,110 @@
+"""`bayes-lora diagnose`: the numbers, the report, and what can be wrong with a run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from bayes_lora.inference.bundle import combine, write_bundle
+from bayes_lora.inference.cli import main
+from bayes_lora.inference.diagnose import diagnose, text
+
+RANK = torch.zeros(12, 3)
+RANK[0] = torch.tensor([np.log(4.0), -np.log(3.0), 0.0])  # open with 0.8, 0.25, 0.5
+RANK[1, 0] = -np.log(9.0)  # rank 0 with 0.9
+RANK[2] = 9.0  # open for sure
+BITS = torch.zeros(12, 6, 3)
+BITS[0, 4] = torch.tensor([9.0, 9.0, -9.0])  # 8 bits for sure
+
+
+def test_a_layer_in_numbers(made_bundle):
+    found = diagnose(made_bundle(RANK, BITS))
+    layer = found["layers"]["bert.encoder.layer.0.attention.self.query"]
+    rank = layer["rank"]
+    assert rank["mean"] == pytest.approx(0.8 + 0.2 + 0.1, abs=1e-4)
+    assert list(rank["probability"].values()) == pytest.approx([0.2, 0.6, 0.1, 0.1], abs=1e-6)
+    assert rank["probability_at_most"] == pytest.approx([0.2, 0.8, 0.9, 1.0], abs=1e-6)
+    assert (rank["median"], rank["hdi"]) == (1, [0, 3])
+    prior = 1 / (1 + np.exp(-0.7))
+    assert rank["prior_probability"]["0"] == pytest.approx(prior, abs=4.5 * 0.035)
+    assert layer["bits"]["input"]["hdi"] == [8, 8]
+    assert layer["bits"]["input"]["median"] == 8
+    assert layer["bits"]["weight"]["probability"]["2"] == pytest.approx(0.5)
+
+
+def test_the_run_in_numbers(made_bundle):
+    run = diagnose(made_bundle(RANK, BITS))["run"]
+    assert run["gates"]["rank"]["all"] == 36
+    assert run["gates"]["rank"]["fixed_open"] == 3
+    assert run["gates"]["bit"]["fixed_open"] == 2
+    assert run["gates"]["bit"]["fixed_closed"] == 1
+    assert run["elbo_terms_nats"]["log_likelihood"] == -57.0
+    assert run["pareto_k_examples"] == [9, 80]
+    collapsed = run["collapsed"]
+    assert list(collapsed) == ["bert.encoder.layer.0.attention.self.key"]
+    why = collapsed["bert.encoder.layer.0.attention.self.key"]
+    assert why["probability"] == 0.9
+    assert why["posterior_log_odds"] == pytest.approx(-np.log(9.0), abs=0.01)
+    assert why["prior_log_odds"] == pytest.approx(-0.7, abs=4.5 * 0.15)  # from 200 draws
+
+
+def test_gates_at_their_prior_are_told_from_others(made_bundle):
+    """The prior's logits are -0.7 and 0.3; its probabilities are known from 200 draws only."""
+    at_prior = made_bundle(torch.full((12, 3), -0.7), torch.full((12, 6, 3), 0.3))
+    gates = diagnose(at_prior)["run"]["gates"]
+    # two standard errors hold in 95 % of the cases
+    assert gates["rank"]["as_in_the_prior"] >= 36 * 0.8
+    assert gates["bit"]["as_in_the_prior"] >= 216 * 0.88
+    moved = made_bundle(torch.full((12, 3), 2.0), torch.full((12, 6, 3), -2.0), seed=1)
+    gates = diagnose(moved)["run"]["gates"]
+    assert gates["rank"]["as_in_the_prior"] == gates["bit"]["as_in_the_prior"] == 0
+
+
+def test_restarts_that_disagree(made_bundle):
+    other = RANK.clone()
+    other[0] = -9.0
+    both = combine([made_bundle(RANK, BITS), made_bundle(other, BITS, seed=1)])
+    found = diagnose(both)
+    rank = found["run"]["restarts"]["rank"]
+    assert rank["largest_distance"] == pytest.approx(0.8, abs=1e-3)
+    assert rank["mean_distance"] == pytest.approx(0.8 / 12, abs=1e-3)
+    assert rank["decided_alike"] == pytest.approx(11 / 12, abs=1e-4)
+    assert found["run"]["restarts"]["bits"]["largest_distance"] == 0
+    assert "restarts, rank: total variation 0.067 (largest 0.800), 92% decided alike" in text(found)
+
+
+def test_the_command_writes_text_json_and_a_report_of_its_own(made_bundle, tmp_path, capsys):
+    for name, bits, seed in (("first", BITS, 0), ("second", BITS + 1, 1), ("lora", None, 2)):
+        (tmp_path / name).mkdir()
+        rank = RANK if bits is not None else None
+        write_bundle(tmp_path / name / "posterior.nc", made_bundle(rank, bits, seed=seed))
+    folders = [str(tmp_path / name) for name in ("first", "second", "lora")]
+    assert main(["diagnose", *folders]) == 0
+    printed = capsys.readouterr().out
+    assert "0.attention.self.query  rank 1.1 [0, 3]" in printed
+    assert "rank 0 with probability 0.90" in printed
+    assert "the data speak against it" in printed
+    found = json.loads((tmp_path / "first" / "diagnosis.json").read_text())
+    assert len(found["layers"]) == 12
+    page = (tmp_path / "first" / "report.html").read_text()
+    assert page.count("<img") == 7  # six of its own, and one beside the second run
+    assert "http" not in page.replace("http-equiv", "")
+    assert "elpd_loo" in page
+    assert "cannot be shown together" in page  # lora has no gates
+    assert (tmp_path / "lora" / "report.html").read_text().count("<img") == 2
+
+
+def test_a_folder_that_holds_no_run(tmp_path, capsys):
+    assert main(["diagnose", str(tmp_path)]) == 2
+    assert "holds no posterior.nc" in capsys.readouterr().err
+    (tmp_path / "posterior.nc").write_text("not a netCDF file")
+    assert main(["diagnose", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot read" in error
+    assert error.count("\n") == 1
+    xr.Dataset({"x": 1}).to_netcdf(tmp_path / "posterior.nc", group="posterior")
+    assert main(["diagnose", str(tmp_path)]) == 2
+    assert "is not of bayes-lora finetune" in capsys.readouterr().err
+    assert main(["diagnose"]) == 2
