@@ -69,6 +69,37 @@ def independent(gates: Tensor) -> Tensor:
     return gates
 
 
+STRUCTURES: dict[str, GateStructure] = {"nested": nested, "independent": independent}
+"""The structures by name."""
+
+
+def reach(gates: Tensor, structure: GateStructure = nested) -> Tensor:
+    """Whether a gate is reached, or the probability of it: all nested gates before it are open.
+
+    Parameters
+    ----------
+    gates : Tensor
+        Gates of 0 and 1, or open probabilities of independent gates, shape (..., K).
+    structure : {nested, independent}
+        Independent gates are always reached.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., K).
+
+    Examples
+    --------
+    >>> import torch
+    >>> reach(torch.tensor([0.5, 0.5, 0.1]))
+    tensor([1.0000, 0.5000, 0.2500])
+    """
+    one = torch.ones_like(gates[..., :1])
+    if structure is nested:
+        return torch.cat([one, gates[..., :-1].cumprod(-1)], dim=-1)
+    return torch.ones_like(gates)
+
+
 def level_weights(gates: Tensor) -> Tensor:
     """Break a stick of length one at every gate; piece k is what stops before gate k + 1.
 

@@ -7,7 +7,7 @@ from pyro.nn import PyroModule
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError
-from bayes_lora.gates import independent, nested
+from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.backbone import Backbone
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.models.guides import GateGuide
@@ -56,7 +56,7 @@ def assemble(
         target_modules=settings.target_modules,
         quantized_tensors=settings.quantized_tensors,
         num_levels=settings.max_bits.bit_length() - 2,
-        structure={"nested": nested, "independent": independent}[posterior.rank_structure],
+        structure=STRUCTURES[posterior.rank_structure],
         trained_parameters=backbone.new_parameters,
     )
     model = BayesianLoRA(

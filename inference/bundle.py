@@ -29,7 +29,6 @@ at the settled weights; the guide of the gates is that of the weights before the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,7 @@ from torch import Tensor
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import expected_bits
 from bayes_lora.inference.draws import unbound
+from bayes_lora.inference.files import whole
 from bayes_lora.inference.history import History
 from bayes_lora.inference.predict import Prediction
 from bayes_lora.models.model import Gates
@@ -285,9 +285,8 @@ def compare(runs: Mapping[str, az.InferenceData]) -> str:
 
 def write_bundle(path: Path, found: az.InferenceData) -> None:
     """Write a bundle as netCDF, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    found.to_netcdf(str(partial))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        found.to_netcdf(str(partial))
 
 
 def read_bundle(path: Path) -> az.InferenceData:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from scipy.special import logit
 
 from bayes_lora.errors import InputError
+from bayes_lora.gates import STRUCTURES, GateStructure, nested, reach
 from bayes_lora.inference.bundle import InferenceData, pareto_k, read_bundle
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.files import write_text
@@ -111,7 +113,7 @@ def _run(
         "gates": {
             name: _gates(
                 stats[f"{name}_open_probability"], bundle["prior"][f"{name}_gate"],
-                nested=name == "bit" or bundle.attrs["rank_structure"] == "nested",
+                STRUCTURES[bundle.attrs["rank_structure"]] if name == "rank" else nested,
             )
             for name in ("rank", "bit")
             if f"{name}_open_probability" in stats
@@ -134,15 +136,16 @@ def _terms(stats: xr.Dataset) -> dict[str, float]:
     return {"log_likelihood": round(float(fit), 3)} | found
 
 
-def _gates(probability: xr.DataArray, prior: xr.DataArray, nested: bool) -> dict[str, int]:
+def _gates(
+    probability: xr.DataArray, prior: xr.DataArray, structure: GateStructure
+) -> dict[str, int]:
     """How many gates are fixed, and how many are where the prior has them, given they are reached.
 
     The prior's probability is a frequency: what is within two standard errors of it counts.
     """
     mean = probability.mean("chain")
     draws = prior.stack(sample=("chain", "draw")).transpose("sample", ...)
-    axis = str(prior.dims[-1])
-    before = draws.cumprod(axis).shift({axis: 1}, fill_value=1.0) if nested else draws * 0 + 1
+    before = draws.copy(data=reach(torch.from_numpy(draws.to_numpy()), structure).numpy())
     count = before.sum("sample")
     frequency = (before * draws).sum("sample") / count.clip(1)
     error = (frequency * (1 - frequency) / count.clip(1)) ** 0.5
@@ -277,14 +280,15 @@ def run(arguments: Sequence[str] | None = None) -> None:
     for folder, bundle in bundles.items():
         found = diagnose(bundle)
         others = {name: other for name, other in bundles.items() if name != folder}
-        page = report(folder, bundle, text(found), others)
+        description = text(found)
+        page = report(folder, bundle, description, others)
         try:
             content = json.dumps(found, indent=2, allow_nan=False)
             write_text(Path(folder) / "diagnosis.json", content + "\n")
             write_text(Path(folder) / "report.html", page)
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-        print(text(found))
+        print(description)
         print(f"Diagnosis and report are in {folder}\n")
 
 

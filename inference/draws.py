@@ -12,13 +12,14 @@ sum over layers, as bit operations are.
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 from torch.func import grad, vmap
 
-from bayes_lora.gates import nested
-from bayes_lora.inference.natural_gradient import reach
+from bayes_lora.gates import nested, reach
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 
@@ -27,7 +28,7 @@ SWEEPS = 10
 
 def unbound(gates: Gates, draws: int) -> list[Gates]:
     """Draws with a first axis S, as a list of `draws` single ones."""
-    return [Gates(*(None if z is None else z[s] for z in gates)) for s in range(draws)]
+    return [gates.map(itemgetter(s)) for s in range(draws)]
 
 
 def draw_posterior(guide: GateGuide, draws: int, generator: torch.Generator) -> Gates:
@@ -47,13 +48,8 @@ def draw_posterior(guide: GateGuide, draws: int, generator: torch.Generator) -> 
     Gates
         0 or 1, shapes (S, L, R) and (S, L, T, K).
     """
-    return Gates(
-        *(
-            None
-            if p is None
-            else torch.bernoulli(p.cpu().expand(draws, *p.shape), generator=generator)
-            for p in guide.open_probabilities()
-        )
+    return guide.open_probabilities().map(
+        lambda p: torch.bernoulli(p.cpu().expand(draws, *p.shape), generator=generator)
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -47,22 +48,27 @@ def open_folder(folder: Path, outputs: Sequence[str]) -> None:
         raise InputError(f"cannot write to output_dir {folder}: {error.strerror}") from error
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Lend a path to write to; what is written there becomes `path` if nothing goes wrong."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_figure(path: Path, figure: Figure) -> None:
     """Write a PNG picture whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)

@@ -167,6 +167,18 @@ def ece(probabilities: FloatArray, labels: IntArray) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
+def coverage(mean: FloatArray, scale: FloatArray, labels: FloatArray) -> FloatArray:
+    """Share of the labels inside the central normal interval of every level of `COVERAGE_LEVELS`.
+
+    Examples
+    --------
+    >>> coverage(np.zeros(2), np.ones(2), np.array([0.1, 3.0]))[[0, 1, -1]].tolist()
+    [0.0, 0.5, 0.5]
+    """
+    level = np.abs(2 * stats.norm.cdf((labels - mean) / scale) - 1)
+    return np.asarray(np.mean(level[:, None] <= COVERAGE_LEVELS, axis=0))
+
+
 def evaluate_predictions(
     task: Task, predictions: FloatArray, scale: FloatArray, labels: NDArray[np.number]
 ) -> dict[str, float]:
@@ -222,13 +234,12 @@ def _evaluate_regression(
     own = {name: METRICS[name](mean, labels) for name in task.metrics}
     z = (labels - mean) / scale
     central = 2 * stats.norm.cdf(z) - 1  # its size is the level of the interval the label ends
-    coverage = np.mean(np.abs(central)[:, None] <= COVERAGE_LEVELS, axis=0)
     crps = scale * (z * central + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
     return {
         "score": float(np.mean(list(own.values()))),
         **own,
         "nll": float(-np.mean(stats.norm.logpdf(labels, mean, scale))),
-        "ece": float(np.mean(np.abs(coverage - COVERAGE_LEVELS))),
+        "ece": float(np.mean(np.abs(coverage(mean, scale, labels) - COVERAGE_LEVELS))),
         "crps": float(np.mean(crps)),
         "rmse": float(np.sqrt(np.mean((labels - mean) ** 2))),
     }

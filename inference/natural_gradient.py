@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from bayes_lora.errors import NumericalError
-from bayes_lora.gates import GateStructure, nested
+from bayes_lora.gates import GateStructure, nested, reach
 
 MIDPOINTS = 0.5  # share of the rows in which one gate is at 1/2, in the draws that have such
 MAX_STEP = 3.0  # nats that a logit moves at most in one iteration
@@ -202,20 +202,6 @@ def _factor_slopes(
     if factor is None:
         return [torch.zeros_like(p) for p in probs]
     return torch.autograd.grad(factor, probs, materialize_grads=True)
-
-
-def reach(gates: Tensor, structure: GateStructure) -> Tensor:
-    """Whether all gates before this one are open, or the probability of it; shape of `gates`.
-
-    Examples
-    --------
-    >>> reach(torch.tensor([0.5, 0.5, 0.1]), nested)
-    tensor([1.0000, 0.5000, 0.2500])
-    """
-    one = torch.ones_like(gates[..., :1])
-    if structure is nested:
-        return torch.cat([one, gates[..., :-1].cumprod(-1)], dim=-1)
-    return torch.ones_like(gates)
 
 
 def divergence(gates: GateSet) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class NothingToShow(ValueError):
     """The bundle has no gates of the kind that the picture is of."""
 
 
+MAIN = ("rank", "bits of weight", "bits of input")  # the two tensors whose product is the cost
 PHASE_SHADES = {"anneal": "0.94", "joint": "0.88", "refine": "#fde9c9"}
 PRIOR, POSTERIOR = "0.7", "#31688e"
 TERMS = {
@@ -48,7 +49,7 @@ def plot_rank_and_bits(bundle: InferenceData) -> Figure:
     ValueError.
     """
     panels = _panels(bundle)
-    shown = [p for p in panels if p[0].startswith(("rank", "bits of weight", "bits of input"))]
+    shown = [p for p in panels if p[0].startswith(MAIN)]
     ranks = [p for p in panels if p[0].startswith("rank")]
     return _heat_maps(shown if len(shown) > len(ranks) else [*ranks, *panels[len(ranks) :][:2]])
 
@@ -81,7 +82,7 @@ def plot_two_runs(first: InferenceData, second: InferenceData, names: tuple[str,
     panels: list[Panel] = []
     for ours, theirs in zip(*both, strict=True):
         title, mean, _, top = ours
-        if title.startswith(("rank", "bits of weight", "bits of input")):
+        if title.startswith(MAIN):
             difference = theirs[1] - mean
             spread = (ours[2] ** 2 + theirs[2] ** 2) ** 0.5
             panels += [(f"{title}: {names[0]}", *ours[1:]), (f"{title}: {names[1]}", *theirs[1:])]

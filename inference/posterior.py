@@ -71,7 +71,7 @@ def sample_posterior(
     everything = draw_posterior(guide, max(kept, draws), generator)
     weights = [guide.adapter_weights().sample() for _ in range(max(kept, draws))]
     held = unbound(everything, max(kept, draws))
-    gates = Gates(*(None if z is None else z[:kept] for z in everything))
+    gates = everything.map(lambda gate: gate[:kept])
     index = np.linspace(0, len(train) - 1, min(TRAINING_EXAMPLES, len(train))).astype(int)
     chosen = train.select(index)
     # a model without anything random predicts the same at every draw

@@ -55,7 +55,7 @@ def predict(
     was_training = model.training
     model.eval()
     device = guide.loc.device
-    held = Gates(*(None if z is None else z.to(device) for z in gates))
+    held = gates.map(lambda gate: gate.to(device))
     latents = Latents(guide.loc if adapter_weights is None else adapter_weights, *held)
     first, second = [], []
     for batch in loader:

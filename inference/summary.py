@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
 
-from bayes_lora.gates import independent, level_weights, nested, rank_probabilities
+from bayes_lora.gates import STRUCTURES, level_weights, rank_probabilities
 from bayes_lora.inference.bundle import InferenceData
-from bayes_lora.inference.metrics import COVERAGE_LEVELS
+from bayes_lora.inference.metrics import COVERAGE_LEVELS, coverage
 from bayes_lora.inference.predict import averaged
 
 BINS = 10  # of confidence, in a reliability diagram
@@ -27,7 +26,7 @@ def rank_distribution(bundle: InferenceData) -> xr.DataArray | None:
     if "rank_open_probability" not in stats:
         return None
     probability = stats["rank_open_probability"]
-    structure = {"nested": nested, "independent": independent}[bundle.attrs["rank_structure"]]
+    structure = STRUCTURES[bundle.attrs["rank_structure"]]
     values = rank_probabilities(torch.from_numpy(probability.to_numpy()).double(), structure)
     ranks = np.arange(probability.sizes["component"] + 1)
     return xr.DataArray(
@@ -114,8 +113,7 @@ def calibration_curve(bundle: InferenceData) -> CalibrationCurve:
     if "probability" not in predictions:
         both = [predictions[k].transpose("sample", ...).to_numpy() for k in ("mean", "deviation")]
         mean, deviation = averaged((both[0], both[1]))
-        level = np.abs(2 * stats.norm.cdf((labels - mean) / deviation) - 1)
-        inside = (level[:, None] <= COVERAGE_LEVELS).mean(0)
+        inside = coverage(mean, deviation, labels)
         counts = np.full(len(inside), len(labels))
         return CalibrationCurve(COVERAGE_LEVELS, inside, counts, is_regression=True)
     probability = predictions["probability"].mean("sample").to_numpy()

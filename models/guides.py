@@ -94,8 +94,7 @@ class GateGuide(PyroModule):
     @torch.no_grad()
     def open_probabilities(self) -> Gates:
         """Posterior probability that each gate is open, exact; shapes of the gates."""
-        logits = (self.rank_logits, self.bit_logits)
-        return Gates(*(None if a is None else a.sigmoid() for a in logits))
+        return Gates(self.rank_logits, self.bit_logits).map(torch.sigmoid)
 
     @torch.no_grad()
     def decision(self) -> Gates:

@@ -11,6 +11,7 @@ Source: Meo et al., "Bayesian-LoRA", arXiv 2406.13046.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -44,6 +45,10 @@ class Gates(NamedTuple):
 
     rank_gate: Tensor | None = None
     bit_gate: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Gates:
+        """Make the same change to the gates of every kind that takes part."""
+        return Gates(*(None if gate is None else change(gate) for gate in self))
 
 
 class BayesianLoRA(PyroModule):
