@@ -121,10 +121,15 @@ def inputs(folder, backbone):
 
 
 @pytest.fixture
-def command(inputs, tmp_path, capsys, monkeypatch):
-    """Run `bayes-lora finetune` with changes to a small run; returns exit code and outputs."""
+def few_draws(monkeypatch):
+    """Keep fewer draws in posterior.nc than a run otherwise does."""
     monkeypatch.setattr(posterior, "POSTERIOR_DRAWS", 4)
     monkeypatch.setattr(posterior, "PRIOR_DRAWS", 3)
+
+
+@pytest.fixture
+def command(inputs, tmp_path, capsys, few_draws):
+    """Run `bayes-lora finetune` with changes to a small run; returns exit code and outputs."""
 
     def run(**changes):
         AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would

@@ -42,7 +42,8 @@ from bayes_lora.network import AdaptedNetwork
         ({"config": "nowhere.yaml"}, "cannot read --config"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(changes, message, command, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(changes, message, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub client, between its tries
     code, _, err = command(**changes)
     assert code == 2
     assert err.count("\n") == 1, err
