@@ -172,6 +172,27 @@ class AdaptedNetwork(nn.Module):
             parts += [torch.ones(self.rank), torch.zeros(spec.out_features * self.rank)]
         return torch.cat(parts)
 
+    def component_of_weight(self) -> Tensor:
+        """Index, in the flattened (L, R), of the component that every adapter weight is of: (P,).
+
+        Examples
+        --------
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=99, hidden_size=2, num_hidden_layers=1,
+        ...                     num_attention_heads=1, intermediate_size=3)
+        >>> backbone = BertForSequenceClassification(config)
+        >>> network = AdaptedNetwork(backbone, rank=2, target_modules=".*query")
+        >>> network.component_of_weight()  # A (2, 2), e (2,), B (2, 2)
+        tensor([0, 0, 1, 1, 0, 1, 0, 1, 0, 1])
+        """
+        parts: list[Tensor] = []
+        for layer, spec in enumerate(self.specs):
+            components = torch.arange(self.rank) + layer * self.rank
+            A = components[:, None].expand(-1, spec.in_features)
+            B = components.expand(spec.out_features, -1)
+            parts += [A.flatten(), components, B.flatten()]
+        return torch.cat(parts).to(self.device)
+
     def unpack(self, latents: Latents) -> list[LayerLatents]:
         """Cut the wide latents into per-layer views.
 

@@ -67,7 +67,8 @@ class PosteriorConfig:
     )
     refine_epochs: float = _option(
         0.0,
-        "passes over the training set that refine the posterior to that of discrete gates (r)",
+        "passes over the training set that refine the posterior to that of discrete gates; "
+        "not with quantized activations",
     )
     draws: int = _option(8, "of gates and weights, that predictions are averaged over")
     save_weight_draws: bool = _option(False, "keep adapter weights in posterior.nc as well")
@@ -156,8 +157,14 @@ class FinetuneConfig:
             f"refine_epochs is {posterior.refine_epochs}: give at least 0": (
                 0 <= posterior.refine_epochs < math.inf
             ),
-            "refine_epochs needs --method r: behind quantizers there is no exact gradient yet": (
-                posterior.refine_epochs == 0 or posterior.method == "r"
+            "refine_epochs needs gates, and gradients that pass no quantized activations: choose "
+            "--method r, or leave input and hidden out of --quantized_tensors": (
+                posterior.refine_epochs == 0
+                or posterior.method == "r"
+                or (
+                    posterior.method in ("q", "qr")
+                    and not {"input", "hidden"} & set(network.quantized_tensors)
+                )
             ),
             "prior_predictive shows the prior at one price: give --price, not --target_bops": (
                 posterior.target_bops is None or not posterior.prior_predictive

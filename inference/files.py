@@ -20,11 +20,12 @@ def check_free(folder: Path, outputs: Sequence[str], overwrite: bool) -> None:
     Raises
     ------
     InputError
-        If `folder` is a file, or holds any of `outputs` and `overwrite` is off.
+        If `folder` is a file, or holds any of `outputs` or a restart, and `overwrite` is off.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file: name a folder")
     found = [name for name in outputs if (folder / name).exists()]
+    found += [inner.name for inner in restarts(folder)]
     if found and not overwrite:
         raise InputError(
             f"output_dir {folder} already holds a run ({found[0]}): choose another folder, or "
@@ -32,8 +33,16 @@ def check_free(folder: Path, outputs: Sequence[str], overwrite: bool) -> None:
         )
 
 
-def open_folder(folder: Path, outputs: Sequence[str]) -> None:
+def restarts(folder: Path) -> list[Path]:
+    """Folders of the restarts of the run in `folder`, in order."""
+    found = [path for path in folder.glob("restart-*") if path.name[8:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[8:]))
+
+
+def open_folder(folder: Path, outputs: Sequence[str], keep_restarts: int = 0) -> None:
     """Make the folder, and take out of it what an earlier run of ours left.
+
+    Of its restarts the first `keep_restarts` stay; a folder with anything else in it does too.
 
     Raises
     ------
@@ -44,6 +53,10 @@ def open_folder(folder: Path, outputs: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in outputs:
             (folder / name).unlink(missing_ok=True)
+        for inner in restarts(folder)[keep_restarts:]:
+            open_folder(inner, outputs)
+            if not any(inner.iterdir()):
+                inner.rmdir()
     except OSError as error:
         raise InputError(f"cannot write to output_dir {folder}: {error.strerror}") from error
 
@@ -52,8 +65,11 @@ def open_folder(folder: Path, outputs: Sequence[str]) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Lend a path to write to; what is written there becomes `path` if nothing goes wrong."""
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

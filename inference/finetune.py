@@ -110,14 +110,12 @@ def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     settings, folder = config.training, Path(config.training.output_dir)
     check_free(folder, OUTPUTS, settings.overwrite)
     folders = [folder / f"restart-{k}" for k in range(settings.restarts)]
-    for inner in folders:
-        check_free(inner, OUTPUTS, settings.overwrite)
     found = []
     for k, inner in enumerate(folders):
         training = replace(settings, seed=settings.seed + k, output_dir=str(inner), restarts=1)
         inside = replace(config, training=training)
         found.append(_finetune(inside, deepcopy(priors), data_seed=settings.seed))
-    open_folder(folder, OUTPUTS)
+    open_folder(folder, OUTPUTS, keep_restarts=settings.restarts)
     chains = [read_bundle(inner / "posterior.nc") for inner in folders]
     write_bundle(folder / "posterior.nc", combine(chains))
     means = {name: fmean(metrics[name] for metrics in found) for name in found[0]}

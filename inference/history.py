@@ -72,11 +72,8 @@ class History:
 
     def refined(self, terms: dict[str, float]) -> None:
         """Keep one iteration of the refinement, under the number of the step before it."""
-        before = self.records[-1] if self.records else {"step": 0, "kl_adapter_weights": 0.0}
-        weights = float(before["kl_adapter_weights"]) * self.model.num_examples
-        terms = terms | {"kl_adapter_weights": weights}
         loss = sum(terms.values()) - 2 * terms["log_likelihood"]
-        step, size = int(before["step"]), self.model.num_examples
+        step, size = int(self.records[-1]["step"]) if self.records else 0, self.model.num_examples
         self.add(record_step(step, "refine", 1.0, loss / size, terms, self.model, self.guide))
 
     def traces(self) -> dict[str, NDArray[np.floating]]:

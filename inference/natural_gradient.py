@@ -4,8 +4,9 @@ For discrete gates z_k ~ Bernoulli(p_k), p_k = sigmoid(a_k), the ELBO is
 
     L(p) = E[log p(y | z)] + E[log factor(z)] - KL(q || prior),
 
-all but the divergence linear in every p_k. Setting its derivative to zero gives the optimum of
-one gate, the others given:
+all but the divergence linear in every p_k. (The log factor is whatever else depends on the gates:
+the price of bit operations, the divergence of the weights that open gates make use of.) Setting
+its derivative to zero gives the optimum of one gate, the others given:
 
     a_k = prior_k + D_k + (1 / r_k) d E[log factor] / d p_k - K_k
     D_k = E[log p(y | z) | z_k = 1] - E[log p(y | z) | z_k = 0]        (k reached)

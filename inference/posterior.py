@@ -90,9 +90,11 @@ def sample_posterior(
     log_p = torch.as_tensor(of_labels.mean(-1) * len(train)) + log_prior(model, gates, kept)
     if guide.log_scale is not None:
         stacked = torch.stack(weights[:kept])
-        stacked = stacked.double()  # sums of a million terms, of which differences count
-        log_q = log_q + guide.adapter_weights().log_prob(stacked).detach().cpu()
-        log_p = log_p + model.priors.adapter_weights(model.network).log_prob(stacked).cpu()
+        used = None
+        if gates.rank_gate is not None:  # where a gate is closed, both are the prior
+            used = model.network.structure(gates.rank_gate).flatten(1)[:, guide.component.cpu()]
+        log_q = log_q + _log_density(guide.adapter_weights(), stacked, used)
+        log_p = log_p + _log_density(model.priors.adapter_weights(model.network), stacked, used)
     found = bundle(
         model.network,
         Draws(
@@ -120,6 +122,15 @@ def sample_posterior(
         },
     )
     return found, predicted
+
+
+@torch.no_grad()
+def _log_density(
+    weights: torch.distributions.Independent, values: torch.Tensor, used: torch.Tensor | None
+) -> torch.Tensor:
+    values = values.double()  # sums of a million terms, of which differences count
+    each = weights.base_dist.log_prob(values).cpu()
+    return (each if used is None else each * used).sum(-1)
 
 
 def log_prior(model: BayesianLoRA, gates: Gates, draws: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ optimum of that ELBO (`natural_gradient.py`). Gates never reached stay at their 
 
 The derivative in a gate must not pass a quantizer on its way from the loss: there the gradient is
 straight-through, and on a small transformer quantized to 4 bits throughout, differences that it
-was to give were off by several nats, some with a wrong sign. So `finetune` refines rank gates
-without quantization; here bit gates can be refined where nothing behind them is quantized.
+was to give were off by several nats, some with a wrong sign. So `finetune` refines only where no
+activation is quantized: then weights, A, e and B are, and their gates have exact gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import nested
@@ -52,7 +53,7 @@ def refine_guide(
         As in `natural_gradient.ascend`; every draw sees a batch of its own.
     on_iteration : function
         Called before every update with the terms of the ELBO of discrete gates, nats:
-        `log_likelihood`, `kl_rank_gate`, `kl_bit_gate`, `energy`.
+        `log_likelihood`, `kl_adapter_weights`, `kl_rank_gate`, `kl_bit_gate`, `energy`.
     """
     was_training = model.training
     model.eval()
@@ -78,8 +79,23 @@ def refine_guide(
         output = network(batch, Latents(weights, *gates_of(values), every_level=True))
         return model.likelihood(output).log_prob(labels).mean() * model.num_examples
 
-    def log_factor(*probs: Tensor) -> Tensor | None:
-        return model.priors.gates.log_factor(network, *gates_of(probs))
+    prior = model.priors.adapter_weights(network)
+
+    def costs(*probs: Tensor) -> dict[str, Tensor]:
+        gates = gates_of(probs)
+        used = None if gates.rank_gate is None else network.structure(gates.rank_gate)
+        weights = guide.adapter_weights(used)
+        try:
+            kl = kl_divergence(weights, prior)
+        except NotImplementedError:  # as Pyro estimates it, with a draw
+            draw = weights.rsample()
+            kl = weights.log_prob(draw) - prior.log_prob(draw)
+        terms = {"kl_adapter_weights": kl}
+        factor = model.priors.gates.log_factor(network, *gates)
+        return terms if factor is None else terms | {"energy": -factor}
+
+    def log_factor(*probs: Tensor) -> Tensor:
+        return -torch.stack(list(costs(*probs).values())).sum()
 
     @torch.no_grad()
     def store() -> None:
@@ -89,10 +105,9 @@ def refine_guide(
     def report(log_likelihood: float) -> None:
         store()
         probs = [gates.logits.sigmoid() for gates in sets.values()]
-        factor = log_factor(*probs)
-        terms = {f"kl_{name}": float(divergence(gates)[0]) for name, gates in sets.items()}
-        energy = {} if factor is None else {"energy": -float(factor)}
-        on_iteration({"log_likelihood": log_likelihood} | terms | energy)
+        terms = {name: float(cost.detach()) for name, cost in costs(*probs).items()}
+        terms |= {f"kl_{name}": float(divergence(gates)[0]) for name, gates in sets.items()}
+        on_iteration({"log_likelihood": log_likelihood} | terms)
         if isinstance(model.priors.gates, GibbsGates):
             share = float(relative_bops(network, *gates_of(probs)))
             model.priors.gates.ascend(share, min(PRICE_TRAVEL / iterations, 1.0))

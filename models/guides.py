@@ -4,6 +4,9 @@ r"""The guides: a mean-field posterior over gates and adapter weights.
     bit_gate        ~ HardConcrete(bit_logits)                         (L, T, K)
     adapter_weights ~ PointMass(loc)  or  Normal(loc, exp(log_scale))  (P,)
 
+Normal weights of a component whose gate is closed are at their prior, as the data say nothing of
+them: so rank has to earn the divergence of its weights (`bayes_lora.gated_normal`).
+
 A gate is open when z > 1/2, which has posterior probability sigmoid(logit) exactly, at every
 temperature. So the posterior of every rank and bit width is known in closed form.
 """
@@ -11,13 +14,13 @@ temperature. So the posterior of every rank and bit width is known in closed for
 from __future__ import annotations
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.distributions import HardConcrete
+from bayes_lora.gated_normal import GatedNormal
 from bayes_lora.gates import GateStructure, nested, rank_probabilities
 from bayes_lora.models.model import TEMPERATURE, BayesianLoRA, Gates, scaled
 from bayes_lora.network import Batch
@@ -52,12 +55,15 @@ class GateGuide(PyroModule):
         Posterior logits, nats, shapes (L, R) and (L, T, K).
     """
 
+    component: Tensor
+
     def __init__(
         self, model: BayesianLoRA, initial_weights: Tensor, normal_weights: bool = False
     ) -> None:
         super().__init__()
         self.loc = nn.Parameter(initial_weights.clone())
         self._structure = model.network.structure
+        self.register_buffer("component", model.network.component_of_weight(), persistent=False)
         self.log_scale = None
         self.rank_logits = self.bit_logits = None
         if normal_weights:
@@ -76,7 +82,7 @@ class GateGuide(PyroModule):
     ) -> None:
         """Draw every latent; the arguments are those of the model."""
         with scaled(kl_weight):
-            pyro.sample("adapter_weights", self.adapter_weights())
+            pyro.sample("adapter_weights", self.adapter_weights(self._used(fixed)))
             if fixed is None and self.rank_logits is not None:
                 gate = HardConcrete(TEMPERATURE, logits=self.rank_logits)
                 pyro.sample("rank_gate", gate.to_event(2))
@@ -84,12 +90,27 @@ class GateGuide(PyroModule):
                 gate = HardConcrete(TEMPERATURE, logits=self.bit_logits)
                 pyro.sample("bit_gate", gate.to_event(3))
 
-    def adapter_weights(self) -> TorchDistribution:
-        """Posterior of the flat vector of adapter weights, event shape (P,)."""
+    def adapter_weights(self, used: Tensor | None = None) -> TorchDistribution:
+        """Posterior of the flat vector of adapter weights, event shape (P,).
+
+        Parameters
+        ----------
+        used : Tensor, optional
+            Probability of every component to be used, shape (L, R); default: one.
+        """
         if self.log_scale is None:
             return PointMass(self.loc, event_dim=1)
-        # not validated: what is not finite must reach the loss, where training stops by name
-        return dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(1)
+        used = torch.ones_like(self.loc) if used is None else used.flatten()[self.component]
+        return GatedNormal(self.loc, self.log_scale.exp(), used)
+
+    def _used(self, fixed: Gates | None) -> Tensor | None:
+        if fixed is not None:
+            gate = fixed.rank_gate
+            return None if gate is None else (self._structure(gate) > 0).to(self.loc)
+        if self.rank_logits is None:
+            return None
+        gates = HardConcrete(TEMPERATURE, logits=self.rank_logits)
+        return self._structure(1 - gates.probability_closed)
 
     @torch.no_grad()
     def open_probabilities(self) -> Gates:

@@ -225,6 +225,9 @@ def test_restarts_have_seeds_and_folders_of_their_own_and_become_chains(command,
     assert command(epochs=2, output_dir=tmp_path / "alone")[0] == 0
     first = tmp_path / "run" / "restart-0" / "history.csv"
     assert first.read_bytes() == (tmp_path / "alone" / "history.csv").read_bytes()
+    # replaced by a run without restarts, nothing of them is left
+    assert command(epochs=0.1, overwrite="true")[0] == 0
+    assert not list((tmp_path / "run").glob("restart-*"))
 
 
 def test_prior_predictive_trains_nothing(command, tmp_path):
@@ -256,6 +259,14 @@ def test_refinement_is_in_the_history_and_moves_the_gates(command, tmp_path, rea
     assert "refine" not in {line["phase"] for line in without}
     joint = [line for line in lines if line["phase"] == "joint"]
     assert joint == [line for line in without if line["phase"] == "joint"]
+
+
+def test_bits_are_refined_where_no_activation_is_quantized(command, tmp_path, read_history):
+    code, _, err = command(quantized_tensors="weight A e B", refine_epochs=1, epochs=1)
+    assert code == 0, err
+    refined = [r for r in read_history(tmp_path / "run") if r["phase"] == "refine"]
+    assert refined
+    assert all(float(row["kl_bit_gate"]) > 0 for row in refined)
 
 
 def test_refinement_of_a_run_that_only_settles(command, tmp_path, read_history):
