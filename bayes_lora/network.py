@@ -2,7 +2,7 @@ r"""Adapters in any transformers model, and the model as a function of (batch, l
 
 The latents are few and wide, one tensor a kind with a layer axis:
 
-    adapter_weights (P,)        A, e and B of all layers, one after the other, in one vector
+    adapter_weights (P,)        A, e and B of all layers in one vector (`flat_weights`)
     rank_gate       (L, R)      z of every component
     bit_gate        (L, T, K)   z of every level of every quantized tensor
 
@@ -12,7 +12,6 @@ their shapes are checked: a gate of a wrong shape would broadcast in silence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_lora.errors import InputError
+from bayes_lora.flat_weights import initial_weights, split_weights
 from bayes_lora.gates import GateStructure, level_bits, level_weights, nested
 from bayes_lora.layers import TENSORS, AdaptedLinear, LayerLatents
 from bayes_lora.quantization import Mixture
@@ -158,40 +158,8 @@ class AdaptedNetwork(nn.Module):
         return level_bits(self.num_levels)
 
     def initial_adapter_weights(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw A as LoRA does (uniform within 1 / sqrt(in)); e is one and B is zero.
-
-        Returns
-        -------
-        Tensor
-            The flat vector, shape (P,): the adapted network then equals the pretrained one.
-        """
-        parts: list[Tensor] = []
-        for spec in self.specs:
-            A = torch.rand(self.rank, spec.in_features, generator=generator)
-            parts += [(2 * A - 1).flatten() / math.sqrt(spec.in_features)]
-            parts += [torch.ones(self.rank), torch.zeros(spec.out_features * self.rank)]
-        return torch.cat(parts)
-
-    def component_of_weight(self) -> Tensor:
-        """Index, in the flattened (L, R), of the component that every adapter weight is of: (P,).
-
-        Examples
-        --------
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> config = BertConfig(vocab_size=99, hidden_size=2, num_hidden_layers=1,
-        ...                     num_attention_heads=1, intermediate_size=3)
-        >>> backbone = BertForSequenceClassification(config)
-        >>> network = AdaptedNetwork(backbone, rank=2, target_modules=".*query")
-        >>> network.component_of_weight()  # A (2, 2), e (2,), B (2, 2)
-        tensor([0, 0, 1, 1, 0, 1, 0, 1, 0, 1])
-        """
-        parts: list[Tensor] = []
-        for layer, spec in enumerate(self.specs):
-            components = torch.arange(self.rank) + layer * self.rank
-            A = components[:, None].expand(-1, spec.in_features)
-            B = components.expand(spec.out_features, -1)
-            parts += [A.flatten(), components, B.flatten()]
-        return torch.cat(parts).to(self.device)
+        """Draw the flat vector, shape (P,), with which the network equals the pretrained one."""
+        return initial_weights(self.specs, self.rank, generator)
 
     def unpack(self, latents: Latents) -> list[LayerLatents]:
         """Cut the wide latents into per-layer views.
@@ -207,7 +175,7 @@ class AdaptedNetwork(nn.Module):
             If a latent has another shape than this network's.
         """
         _check_shape("adapter_weights", latents.adapter_weights, (self.num_adapter_weights,))
-        factors = self.split_weights(latents.adapter_weights)
+        factors = split_weights(latents.adapter_weights, self.specs, self.rank)
         weights: Sequence[Tensor | None] = [None] * len(self.specs)
         if latents.rank_gate is not None:
             _check_shape("rank_gate", latents.rank_gate, self.rank_gate_shape)
@@ -219,15 +187,6 @@ class AdaptedNetwork(nn.Module):
         return [
             LayerLatents(*f, component_weights=w, mixtures=m)
             for f, w, m in zip(factors, weights, mixtures, strict=True)
-        ]
-
-    def split_weights(self, adapter_weights: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Views of A (R, in), e (R,) and B (out, R) of every layer in the flat vector (P,)."""
-        sizes = [self.rank * n for s in self.specs for n in (s.in_features, 1, s.out_features)]
-        flat = iter(adapter_weights.split(sizes))
-        return [
-            (next(flat).view(self.rank, -1), next(flat), next(flat).view(-1, self.rank))
-            for _ in self.specs
         ]
 
     def _mixtures(self, bit_gate: Tensor, every_level: bool) -> list[dict[str, Mixture]]:
@@ -310,7 +269,7 @@ class AdaptedNetwork(nn.Module):
                 handle.remove()
         if not samples[0]:
             raise ValueError("no batches to calibrate the quantizers with")
-        factors = self.split_weights(adapter_weights)
+        factors = split_weights(adapter_weights, self.specs, self.rank)
         for layer, sample, (lora_A, _, _) in zip(self._layers, samples, factors, strict=True):
             layer.calibrate(torch.cat(sample), lora_A)
 

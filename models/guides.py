@@ -20,6 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.distributions import HardConcrete
+from bayes_lora.flat_weights import component_of_weight
 from bayes_lora.gated_normal import GatedNormal
 from bayes_lora.gates import GateStructure, nested, rank_probabilities
 from bayes_lora.models.model import TEMPERATURE, BayesianLoRA, Gates, scaled
@@ -62,8 +63,10 @@ class GateGuide(PyroModule):
     ) -> None:
         super().__init__()
         self.loc = nn.Parameter(initial_weights.clone())
-        self._structure = model.network.structure
-        self.register_buffer("component", model.network.component_of_weight(), persistent=False)
+        network = model.network
+        self._structure = network.structure
+        component = component_of_weight(network.specs, network.rank).to(network.device)
+        self.register_buffer("component", component, persistent=False)
         self.log_scale = None
         self.rank_logits = self.bit_logits = None
         if normal_weights:

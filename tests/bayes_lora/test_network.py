@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bayes_lora.errors import InputError
+from bayes_lora.flat_weights import split_weights
 from bayes_lora.gates import independent
 from bayes_lora.network import AdaptedNetwork, Latents
 
@@ -21,7 +22,8 @@ def test_open_and_unquantized_equals_peft_with_the_same_weights(
     paths = [spec.path for spec in network.specs]
     peft = get_peft_model(bare, LoraConfig(r=3, lora_alpha=6, target_modules=paths)).eval()
     state = dict(peft.named_parameters())
-    for path, (A, e, B) in zip(paths, network.split_weights(weights), strict=True):
+    factors = split_weights(weights, network.specs, network.rank)
+    for path, (A, e, B) in zip(paths, factors, strict=True):
         name = f"base_model.model.{path}.lora_{{}}.default.weight"
         state[name.format("A")].data.copy_(A)
         state[name.format("B")].data.copy_(B * e)  # PEFT has no e: fold it into B
