@@ -188,13 +188,25 @@ def largest_value(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x.abs().amax(tuple(dims), keepdim=True).clamp_min(1e-8)
 
 
+def covering_share(bits: int) -> float:
+    """Range of the grid whose topmost point is 1: (2^bits - 1) / (2^bits - 2).
+
+    Examples
+    --------
+    >>> covering_share(2)
+    1.5
+    """
+    return (2**bits - 1) / (2**bits - 2)
+
+
 @torch.no_grad()
 def searched_limits(
     x: Tensor, dims: Sequence[int], bits: Sequence[int], largest: Tensor | None = None
 ) -> Tensor:
     """Range of least squared error for every level, by search over shares of the largest value.
 
-    The shares are 21 points from 1 down to 1/32 in equal ratios.
+    The shares are 21 points from 1 down to 1/32 in equal ratios, and the one with which the
+    largest value is the topmost grid point: so values that lie on a grid of b bits are kept.
 
     Parameters
     ----------
@@ -226,7 +238,8 @@ def searched_limits(
     limits = []
     for b in bits:
         best, least = 2 * largest, torch.full_like(largest, torch.inf)
-        for share in torch.logspace(0, -5, 21, base=2).tolist() if b < 16 else []:
+        shares = [covering_share(b), *torch.logspace(0, -5, 21, base=2).tolist()]
+        for share in shares if b < 16 else []:
             error = (quantize(x, share * largest, b) - x).square_().mean(tuple(dims), keepdim=True)
             best = torch.where(error < least, share * largest, best)
             least = torch.minimum(error, least)
@@ -258,7 +271,7 @@ def gaussian_limits(x: Tensor, dims: Sequence[int], bits: Sequence[int]) -> Tens
     rms = x.square().mean(tuple(dims), keepdim=True).sqrt()
     limits = []
     for b in bits:
-        covering = largest * ((2**b - 1) / (2**b - 2))  # its topmost point is the largest value
+        covering = covering_share(b) * largest
         normal = GAUSSIAN_RANGE[b] * rms if b in GAUSSIAN_RANGE else covering
         limits.append(torch.minimum(covering, normal))
     return torch.stack(limits).clamp_min(1e-8)

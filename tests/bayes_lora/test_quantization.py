@@ -164,6 +164,13 @@ def test_searched_range_is_no_worse_than_the_largest_value_and_the_normal_one():
         assert found <= 1.05 * normal.mean()  # the search has steps of 19 %
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_values_on_a_grid_of_b_bits_are_kept_by_the_searched_range(bits):
+    weight = quantize(torch.randn(7, 50), torch.rand(7, 1) + 0.5, bits)
+    (limit,) = searched_limits(weight, (1,), (bits,))
+    torch.testing.assert_close(quantize(weight, limit, bits), weight, rtol=1e-6, atol=1e-7)
+
+
 def test_values_of_zero_stay_zero_at_every_level():
     zeros = torch.zeros(3, 5)
     for weights in torch.eye(4):
