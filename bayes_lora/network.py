@@ -84,7 +84,7 @@ class AdaptedNetwork(nn.Module):
     InputError
         If the rank is below one, a quantized tensor is unknown, or no layer matches.
     ValueError
-        If the backbone has adapters already, or is in half precision.
+        If the backbone has adapters already, or is not in float32.
 
     Examples
     --------
@@ -117,7 +117,7 @@ class AdaptedNetwork(nn.Module):
         self.quantized_tensors = tuple(t for t in TENSORS if t in quantized_tensors)
         if any(isinstance(module, AdaptedLinear) for module in backbone.modules()):
             raise ValueError("this backbone has adapters already: load it anew")
-        if not all(p.dtype in (torch.float32, torch.float64) for p in backbone.parameters()):
+        if not all(p.dtype == torch.float32 for p in backbone.parameters()):
             raise ValueError("the backbone must be in float32, backbone.float(); autocast the rest")
         inside = linear_layers(backbone)
         targets = select_targets(backbone, target_modules)

@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py --task mrpc --data_dir DIR --output_dir runs/mrpc --seeds 0 1 2
 
-Every cell is one `bayes-lora finetune`; a cell that has its metrics.json is not trained again.
-Options that this script does not know go to finetune.
+Every cell is one `bayes-lora finetune`; a cell that is finished is not trained again, and must have
+been trained with the same options. Options that this script does not know go to finetune.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
+
+from bayes_lora.inference.config import FinetuneConfig, parse
 
 COLUMNS = (
     "score", "nll", "ece", "relative_bops_32", "relative_bops_16", "mean_rank",
@@ -25,11 +28,25 @@ COLUMNS = (
 
 def train(method: str, seed: int, folder: Path, options: list[str]) -> dict[str, float]:
     """Metrics of one run, trained now unless they are there."""
-    if not (folder / "metrics.json").exists():
-        command = [sys.executable, "-m", "bayes_lora.inference.finetune", "--method", method]
-        command += ["--seed", str(seed), "--output_dir", str(folder), "--overwrite", *options]
+    file = folder / "metrics.json"
+    words = [*options, "--method", method, "--seed", str(seed), "--output_dir", str(folder)]
+    if file.exists() and "averaged_score" in file.read_text(encoding="utf-8"):
+        asked = flat(parse(words))
+        trained = flat(
+            parse(["--config", str(folder / "config.yaml"), "--output_dir", str(folder)])
+        )
+        # None is what a run resolves
+        if other := [k for k, v in asked.items() if v is not None and v != trained[k]]:
+            sys.exit(f"{folder} was trained with another {', '.join(other)}: choose an output_dir")
+    else:
+        command = [sys.executable, "-m", "bayes_lora.inference.finetune", *words, "--overwrite"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def flat(config: FinetuneConfig) -> dict[str, object]:
+    """All options by name."""
+    return {k: v for part in vars(config).values() for k, v in asdict(part).items()}
 
 
 def summary(values: list[float]) -> str:

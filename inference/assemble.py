@@ -1,6 +1,8 @@
-"""Model and guide as a configuration says, untrained."""
+"""Model, guide and priors as a configuration says; and the configuration as these say."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from pyro.nn import PyroModule
@@ -9,10 +11,10 @@ from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError
 from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.backbone import Backbone
-from bayes_lora.inference.config import FinetuneConfig
+from bayes_lora.inference.config import FinetuneConfig, TrainingConfig
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
-from bayes_lora.models.priors import GibbsGates, Priors
+from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 
 
@@ -75,15 +77,49 @@ def assemble(
 
 
 def configured_priors(config: FinetuneConfig) -> Priors:
-    """The priors as their page says, but for what the options say."""
+    """The priors as their page says, but for what the options say.
+
+    Raises
+    ------
+    InputError
+        If an option is for another kind of gate prior than the page has.
+    """
     priors, options = Priors(), config.posterior
     if options.weight_prior_scale is not None:
         priors.adapter_weight_scale = options.weight_prior_scale
-    if options.price is not None:
-        priors.gates = GibbsGates(price=options.price)
-    if options.target_bops is not None:
-        priors.gates = GibbsGates(budget=options.target_bops)
+    for option, name, value in (
+        ("price", "price", options.price),
+        ("target_bops", "budget", options.target_bops),
+    ):
+        if value is None:
+            continue
+        if not hasattr(priors.gates, name):
+            kind = type(priors.gates).__name__
+            raise InputError(f"{option} is not for the {kind} of models/priors.py: leave it out")
+        setattr(priors.gates, name, value)
+    if options.price is not None and hasattr(priors.gates, "budget"):
+        priors.gates.budget = None
     return priors
+
+
+def resolve(
+    config: FinetuneConfig, task: str, gate_learning_rate: float, priors: Priors
+) -> FinetuneConfig:
+    """The configuration with what was left to defaults filled in, as far as options can say it."""
+    posterior = replace(config.posterior, weight_prior_scale=priors.adapter_weight_scale)
+    if getattr(priors.gates, "budget", None) is None:
+        posterior.price = getattr(priors.gates, "price", None)
+    training = replace(
+        config.training, gate_learning_rate=gate_learning_rate, data_seed=data_seed(config.training)
+    )
+    return replace(
+        config, data=replace(config.data, task=task), posterior=posterior, training=training
+    )
+
+
+def data_seed(settings: TrainingConfig) -> int:
+    """Seed of the subset of the training set: that of the run, unless told otherwise."""
+    return settings.seed if settings.data_seed is None else settings.data_seed
 
 
 def _check_budget(model: BayesianLoRA, budget: float) -> None:

@@ -75,10 +75,10 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
         If the folder is no model, or the hub has none of that name or cannot be reached, or if
         weights of the encoder's blocks are missing.
     """
-    name = name or default_backbone()
+    name = default_backbone() if name is None else name
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(f"{name} is no model folder: it has no config.json")
+        raise InputError(f"backbone {name!r} is no model folder: it has no config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForSequenceClassification.from_pretrained(

@@ -98,6 +98,7 @@ class TrainingConfig:
     joint_share: float = _option(0.25, "share of the steps at full KL weight; the rest settles")
     mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "autocast of the network")
     seed: int = _option(0, "of everything random")
+    data_seed: int | None = _option(None, "draws max_train_examples; default: seed")
     restarts: int = _option(1, "independent runs, of seeds seed, seed + 1, ...: the chains")
 
 
@@ -134,7 +135,12 @@ class FinetuneConfig:
             f"rank is {network.rank}: give at least 1": network.rank >= 1,
             f"alpha is {network.alpha}: give a number > 0": 0 < network.alpha < math.inf,
             f"epochs is {training.epochs}: give a number > 0": 0 < training.epochs < math.inf,
-            f"seed is {training.seed}: give one from 0 to 4294967295": 0 <= training.seed < 2**32,
+            f"seed is {training.seed}: give one from 0 to 4294967295, restarts counted in": (
+                0 <= training.seed <= 2**32 - max(training.restarts, 1)
+            ),
+            f"data_seed is {training.data_seed}: give one from 0 to 4294967295": (
+                training.data_seed is None or 0 <= training.data_seed < 2**32
+            ),
             f"max_grad_norm is {training.max_grad_norm}: give a number > 0": (
                 training.max_grad_norm > 0
             ),

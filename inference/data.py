@@ -70,7 +70,7 @@ class DataConfig:
     )
     max_train_examples: int | None = field(
         default=None,
-        metadata={"help": "train on a random subset of this size, drawn with the seed"},
+        metadata={"help": "train on a random subset of this size, drawn with data_seed"},
     )
 
 

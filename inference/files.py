@@ -39,10 +39,8 @@ def restarts(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[8:]))
 
 
-def open_folder(folder: Path, outputs: Sequence[str], keep_restarts: int = 0) -> None:
-    """Make the folder, and take out of it what an earlier run of ours left.
-
-    Of its restarts the first `keep_restarts` stay; a folder with anything else in it does too.
+def open_folder(folder: Path, outputs: Sequence[str]) -> None:
+    """Make the folder, and take out of it what an earlier run of ours left; the rest stays.
 
     Raises
     ------
@@ -53,7 +51,7 @@ def open_folder(folder: Path, outputs: Sequence[str], keep_restarts: int = 0) ->
         folder.mkdir(parents=True, exist_ok=True)
         for name in outputs:
             (folder / name).unlink(missing_ok=True)
-        for inner in restarts(folder)[keep_restarts:]:
+        for inner in restarts(folder):
             open_folder(inner, outputs)
             if not any(inner.iterdir()):
                 inner.rmdir()

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from bayes_lora.costs import relative_bops, tensor_bits
 from bayes_lora.errors import InputError
-from bayes_lora.inference.assemble import assemble, configured_priors
+from bayes_lora.inference.assemble import assemble, configured_priors, data_seed, resolve
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import forever, training_batches
 from bayes_lora.inference.bundle import combine, quantities, read_bundle, write_bundle
@@ -55,11 +55,10 @@ from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
 from bayes_lora.inference.predict import averaged, predict
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.table import prior_table, rank_and_bits_table
-from bayes_lora.inference.tasks import Task
 from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
 from bayes_lora.models.likelihoods import Classification, Regression
 from bayes_lora.models.model import BayesianLoRA, Gates
-from bayes_lora.models.priors import GibbsGates, Priors
+from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 
 DIAGNOSIS = ("diagnosis.json", "report.html")  # of `bayes-lora diagnose`: an old one must go
@@ -103,33 +102,38 @@ def finetune(config: FinetuneConfig, priors: Priors | None = None) -> dict[str, 
         priors = priors or configured_priors(config)
         if config.training.restarts > 1:
             return _restarts(config, priors)
-        return _finetune(config, deepcopy(priors), data_seed=config.training.seed)
+        return _finetune(config, deepcopy(priors))
 
 
 def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     settings, folder = config.training, Path(config.training.output_dir)
     check_free(folder, OUTPUTS, settings.overwrite)
+    open_folder(folder, OUTPUTS)
     folders = [folder / f"restart-{k}" for k in range(settings.restarts)]
     found = []
     for k, inner in enumerate(folders):
-        training = replace(settings, seed=settings.seed + k, output_dir=str(inner), restarts=1)
-        inside = replace(config, training=training)
-        found.append(_finetune(inside, deepcopy(priors), data_seed=settings.seed))
-    open_folder(folder, OUTPUTS, keep_restarts=settings.restarts)
+        training = replace(
+            settings, seed=settings.seed + k, data_seed=data_seed(settings),
+            output_dir=str(inner), restarts=1,
+        )  # fmt: skip
+        found.append(_finetune(replace(config, training=training), deepcopy(priors)))
     chains = [read_bundle(inner / "posterior.nc") for inner in folders]
     write_bundle(folder / "posterior.nc", combine(chains))
+    first = parse(["--config", str(folders[0] / "config.yaml")])
+    training = replace(first.training, output_dir=str(folder), restarts=settings.restarts)
+    write_text(folder / "config.yaml", replace(first, training=training).to_yaml())
     means = {name: fmean(metrics[name] for metrics in found) for name in found[0]}
     means["seconds"] *= len(found)
     write_text(folder / "metrics.json", json.dumps(means, indent=2) + "\n")
     return means
 
 
-def _finetune(config: FinetuneConfig, priors: Priors, data_seed: int) -> dict[str, float]:
+def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     started = time.monotonic()
     settings, folder = config.training, Path(config.training.output_dir)
     check_free(folder, OUTPUTS, settings.overwrite)
     pyro.set_rng_seed(settings.seed)
-    task, train, validation = load_task(config.data, data_seed)
+    task, train, validation = load_task(config.data, data_seed(settings))
     backbone = load_backbone(config.network.backbone, task.num_labels)
     collate = transformers.DataCollatorWithPadding(backbone.tokenizer)
     train, validation = (
@@ -150,6 +154,9 @@ def _finetune(config: FinetuneConfig, priors: Priors, data_seed: int) -> dict[st
         (settings.warmup_share, settings.anneal_share, settings.joint_share),
         gated=model.gated,
     )
+    budget = getattr(priors.gates, "budget", None)
+    if budget is not None and all(phase.name != "joint" for phase in phases):
+        raise InputError("target_bops needs joint steps: give more --joint_share or --epochs")
     optimisation = Optimisation(
         settings.learning_rate,
         settings.gate_learning_rate or gate_learning_rate(phases),
@@ -157,7 +164,7 @@ def _finetune(config: FinetuneConfig, priors: Priors, data_seed: int) -> dict[st
     )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     open_folder(folder, OUTPUTS)
-    resolved = resolve(config, task, optimisation, model.priors)
+    resolved = resolve(config, task.name, optimisation.gate_learning_rate, model.priors)
     header = [f"priors: {model.priors}", f"classes: {', '.join(task.label_names) or 'none'}"]
     write_text(folder / "config.yaml", resolved.to_yaml(header))
     unsettled: dict[str, float] = {}
@@ -190,10 +197,17 @@ def _finetune(config: FinetuneConfig, priors: Priors, data_seed: int) -> dict[st
             write_tensors(folder / "guide.safetensors", dict(guide.state_dict()))
             write_tensors(folder / "head.safetensors", trained_state(model))
 
+    end = history.last(len(train_loader))
+    if budget is not None and end["expected_bops"] > 1.05 * budget:
+        warnings.warn(
+            f"expected bit operations are {end['expected_bops']:.2%}, above the {budget:.2%} asked "
+            "for: the price had too few joint steps; give more --epochs or --joint_share",
+            stacklevel=2,
+        )
     metrics = {
         **evaluate_predictions(task, *predict(model, guide, validation_loader, gates), labels),
         **unsettled,
-        **history.last(len(train_loader)),
+        **end,
         **size(model.network, gates),
         "seconds": time.monotonic() - started,
     }
@@ -214,18 +228,6 @@ def _finetune(config: FinetuneConfig, priors: Priors, data_seed: int) -> dict[st
     metrics["seconds"] = time.monotonic() - started
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
-
-
-def resolve(
-    config: FinetuneConfig, task: Task, optimisation: Optimisation, priors: Priors
-) -> FinetuneConfig:
-    """The configuration with what was left to defaults filled in, as far as options can say it."""
-    posterior = replace(config.posterior, weight_prior_scale=priors.adapter_weight_scale)
-    if type(priors.gates) is GibbsGates and priors.gates.budget is None:
-        posterior.price = priors.gates.price
-    training = replace(config.training, gate_learning_rate=optimisation.gate_learning_rate)
-    data = replace(config.data, task=task.name)
-    return replace(config, data=data, posterior=posterior, training=training)
 
 
 def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:

@@ -89,9 +89,14 @@ class History:
         return {name: np.array(v, dtype=float) * sizes[name] for name, v in found.items()}
 
     def last(self, steps: int) -> dict[str, float]:
-        """Terms of the ELBO at the end, nats: the log likelihood as the mean of the last steps."""
+        """Terms of the ELBO at the end, nats.
+
+        The log likelihood is the mean of the last `steps`, as far as they are of one phase, with
+        dropout; the others are those of the last step that had them.
+        """
         size, final = self.model.num_examples, self.records[-1]
-        ends = [float(record["log_likelihood"]) for record in self.records[-steps:]]
+        last = [record for record in self.records[-steps:] if record["phase"] == final["phase"]]
+        ends = [float(record["log_likelihood"]) for record in last]
         latest = {k: v for record in self.records for k, v in record.items()}
         gates = ("price", "expected_bops") if self.model.gated else ()
         return {

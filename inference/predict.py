@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from bayes_lora.errors import NumericalError
 from bayes_lora.inference.metrics import SMALLEST_PROBABILITY
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -51,6 +52,11 @@ def predict(
     tuple of two ndarrays
         Probabilities (examples, classes) and an empty array; or means and standard deviations,
         both (examples,).
+
+    Raises
+    ------
+    NumericalError
+        If a prediction is not finite.
     """
     was_training = model.training
     model.eval()
@@ -67,9 +73,10 @@ def predict(
             first.append(distribution.mean)
             second.append(distribution.stddev)
     model.train(was_training)
-    return tuple(  # type: ignore[return-value]
-        torch.cat(parts).cpu().numpy() if parts else np.empty(0) for parts in (first, second)
-    )
+    found = [torch.cat(parts) if parts else torch.empty(0) for parts in (first, second)]
+    if not all(torch.isfinite(part).all() for part in found):
+        raise NumericalError("predictions not finite; try a lower --learning_rate")
+    return found[0].cpu().numpy(), found[1].cpu().numpy()
 
 
 def predict_draws(

@@ -48,13 +48,14 @@ def read_file(path: Path) -> Columns:
     """Read a whole file of examples.
 
     JSON and Parquet say the types of their values. For comma- and tab-separated values they are
-    inferred by column; quotes in tab-separated files are text, as in GLUE's own.
+    inferred by column, and an empty value is None; quotes in tab-separated files are text, as in
+    GLUE's own.
 
     Raises
     ------
     InputError
         If there is no such file, its name says no known format, it cannot be parsed (for JSON the
-        message names the line), or it has no examples.
+        message names the line), it has a column twice, or it has no examples.
 
     Examples
     --------
@@ -74,10 +75,10 @@ def read_file(path: Path) -> Columns:
             columns = pyarrow.parquet.read_table(path).to_pydict()
         elif path.suffix == ".csv":
             quoted = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            columns = pyarrow.csv.read_csv(path, parse_options=quoted).to_pydict()
+            columns = _read_separated(path, quoted)
         elif path.suffix == ".tsv":
             tabs = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
-            columns = pyarrow.csv.read_csv(path, parse_options=tabs).to_pydict()
+            columns = _read_separated(path, tabs)
         else:
             columns = _read_json_lines(path)
     except (ValueError, OSError) as error:
@@ -108,6 +109,16 @@ def load_glue(task: str) -> list[Columns]:
         ) from error
     splits = ("train", "validation_matched" if task == "mnli" else "validation")
     return [data[split][:] for split in splits]
+
+
+def _read_separated(path: Path, options: pyarrow.csv.ParseOptions) -> Columns:
+    table = pyarrow.csv.read_csv(path, parse_options=options)
+    names = table.column_names
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"it has columns twice: {', '.join(sorted(twice))}; rename one")
+    if any(pyarrow.types.is_binary(column.type) for column in table.columns):
+        raise ValueError("it is not UTF-8; save it in that encoding")
+    return {n: [None if v == "" else v for v in vs] for n, vs in table.to_pydict().items()}
 
 
 def _read_json_lines(path: Path) -> Columns:

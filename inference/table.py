@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from bayes_lora.gates import level_weights, rank_probabilities
 from bayes_lora.models.model import Gates
 from bayes_lora.network import AdaptedNetwork
+from bayes_lora.targets import LayerSpec
 
 
 def rank_and_bits_table(network: AdaptedNetwork, probabilities: Gates, decision: Gates) -> str:
@@ -32,7 +33,7 @@ def rank_and_bits_table(network: AdaptedNetwork, probabilities: Gates, decision:
         One line a layer. A cell is the decided rank, or bits, and its posterior probability
         in per cent, exact under the guide: `6 97%`.
     """
-    columns: dict[str, list[str]] = {"layer": _short_names([s.path for s in network.specs])}
+    columns: dict[str, list[str]] = {"layer": _short_names(network.specs)}
     if probabilities.rank_gate is not None and decision.rank_gate is not None:
         chosen = network.structure(decision.rank_gate).sum(-1).long()
         distribution = rank_probabilities(probabilities.rank_gate, network.structure)
@@ -69,7 +70,7 @@ def prior_table(network: AdaptedNetwork, draws: Mapping[str, NDArray[np.number]]
         One line a layer with the prior mean and standard deviation of its rank and bits; then the
         share of bit operations.
     """
-    columns: dict[str, list[str]] = {"layer": _short_names([s.path for s in network.specs])}
+    columns: dict[str, list[str]] = {"layer": _short_names(network.specs)}
     if "rank" in draws:
         columns["rank"] = _spread(draws["rank"])
     if "bits" in draws:
@@ -98,11 +99,12 @@ def _cells(values: Tensor, index: Tensor, distribution: Tensor) -> list[str]:
     return [f"{v} {p:4.0%}" for v, p in zip(values.tolist(), probability.tolist(), strict=True)]
 
 
-def _short_names(paths: list[str]) -> list[str]:
-    """Leave out what all paths begin with."""
+def _short_names(specs: Sequence[LayerSpec]) -> list[str]:
+    """Leave out what all paths begin with, but not the number of a block."""
+    parts = [spec.path.split(".") for spec in specs]
+    most = min(len(spec.block.split(".")) - 1 for spec in specs)
     common = 0
-    parts = [path.split(".") for path in paths]
-    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+    while common < most and len({tuple(p[: common + 1]) for p in parts}) == 1:
         common += 1
     return [".".join(p[common:]) for p in parts]
 

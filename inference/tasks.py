@@ -170,8 +170,11 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
             raise InputError(f"{origin} has no column {name!r}; it has {', '.join(columns)}")
     for name in task.text_columns:
         for row, text in enumerate(columns[name], start=1):
+            where = f"{origin}, row {row}: {name}"
+            if text is None:
+                raise InputError(f"{where} is missing; give a text, or leave the row out")
             if not isinstance(text, str):
-                raise InputError(f"{origin}, row {row}: {name} is {text!r}; give a text")
+                raise InputError(f"{where} is {text!r}; give a text")
     # Files of known tasks hold ids, custom ones names.
     names = task.label_names if task.name == "custom" else map(str, range(task.num_labels))
     ids = {name: i for i, name in enumerate(names)}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -121,7 +122,10 @@ def fit(
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
     optimizer, scheduler = _optimizer(module, guide, optimisation, total_steps)
-    in_order = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+    some = DataLoader(  # drawn, for a file may be sorted; the same ones every time
+        loader.dataset, loader.batch_size, shuffle=True, collate_fn=loader.collate_fn,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = forever(loader)
     fixed: Gates | None = Gates()
@@ -129,13 +133,24 @@ def fit(
     steps = count()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     good = [p.detach().clone() for p in parameters]
+    record: Record = {}
+
+    @torch.no_grad()
+    def check() -> None:
+        """The parameters of a last step must have a finite loss, as those of any other."""
+        batch = dict(next(batches))
+        if record and not torch.isfinite(module(batch, batch.pop("labels"), 1.0, fixed)):
+            _copy(good, parameters)
+            raise _not_finite(record | {"loss": math.nan})
+
     with tqdm(total=total_steps, disable=None, unit="step") as progress:
         for phase in phases:
             if phase.gates != "open" and model.bit_gates:
-                calibrate(model, guide, islice(in_order, CALIBRATION_BATCHES))
+                calibrate(model, guide, islice(some, CALIBRATION_BATCHES))
             if phase.gates == "sampled":
                 fixed = None
             elif phase.gates == "decided":
+                check()
                 fixed = decide()
             for step in range(phase.steps):
                 kl_weight = phase.kl_weight(step)
@@ -165,6 +180,7 @@ def fit(
                 on_step(record)
                 progress.set_postfix_str(_summary(record), refresh=False)
                 progress.update()
+    check()
     if fixed is None:  # nothing settled
         fixed = decide()
     return fixed
@@ -187,16 +203,33 @@ def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterable[dict[str,
     model.train(was_training)
 
 
-def _optimizer(
-    module: torch.nn.Module, guide: GateGuide, optimisation: Optimisation, total_steps: int
-) -> tuple[AdamW, LambdaLR]:
+def parameter_groups(
+    module: torch.nn.Module, guide: GateGuide, lr: float, gate_lr: float
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: weights, head and likelihood; then the gates' logits.
+
+    Parameters
+    ----------
+    module : Module
+        Holds all that is trained, as an ELBO of model and guide does.
+    guide : GateGuide
+        Its logits need a rate of their own: Adam moves them by about the rate a step, and from
+        open to closed are many nats.
+    lr, gate_lr : float
+        Learning rates.
+    """
     gates = [p for p in (guide.rank_logits, guide.bit_logits) if p is not None]
     is_gate = {id(p) for p in gates}
     weights = [p for p in module.parameters() if p.requires_grad and id(p) not in is_gate]
-    groups = [
-        {"params": weights, "lr": optimisation.learning_rate},
-        {"params": gates, "lr": optimisation.gate_learning_rate},
-    ]
+    return [{"params": weights, "lr": lr}, {"params": gates, "lr": gate_lr}]
+
+
+def _optimizer(
+    module: torch.nn.Module, guide: GateGuide, optimisation: Optimisation, total_steps: int
+) -> tuple[AdamW, LambdaLR]:
+    groups = parameter_groups(
+        module, guide, optimisation.learning_rate, optimisation.gate_learning_rate
+    )
     warmup = max(1, round(0.06 * total_steps))
 
     def warmed_up_then_linear(step: int) -> float:

@@ -10,13 +10,14 @@ import torch
 from pyro import infer
 
 from bayes_lora import network
+from bayes_lora.inference import train
 from bayes_lora.inference.config import parse
 from bayes_lora.models import guides, likelihoods, model, priors
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-NAMED_IN_README = (infer, guides, likelihoods, model, priors, network)
+NAMED_IN_README = (infer, guides, likelihoods, model, priors, network, train)
 COMMANDS = re.findall(r"^    bayes-lora finetune (.*)$", TEXT, flags=re.MULTILINE)
 
 
@@ -51,6 +52,7 @@ def test_the_diff_against_a_lora_loop_runs_and_so_does_plain_svi(backbone, batch
     exec(compile(ours, "README.md", "exec"), names)
     before = names["guide"].loc.detach().clone()
     assert torch.isfinite(names["loss"])
+    assert (names["guide"].rank_logits - guides.INITIAL_LOGIT).abs().max() > 0.05  # three steps
     exec(compile(svi, "README.md", "exec"), names | {"batch": batch, "labels": labels})
     assert not torch.equal(names["guide"].loc.detach(), before)
 

@@ -34,18 +34,25 @@ def test_divergences_equal_the_checked_values(a_q, a_p, hard, relaxed, dtype):
     assert float(kl_divergence(gate(a_q, dtype=dtype), gate(a_p, dtype=dtype))) == pytest.approx(
         hard, abs=1e-6
     )
-    q, p = (
-        dist.RelaxedBernoulli(torch.tensor(2 / 3, dtype=dtype), logits=torch.tensor(a, dtype=dtype))
-        for a in (a_q, a_p)
-    )
+    q, p = (relaxed_bernoulli(a, dtype=dtype) for a in (a_q, a_p))
     assert float(kl_divergence(q, p)) == pytest.approx(relaxed, abs=1e-6)
 
 
+def relaxed_bernoulli(logit, temperature=2 / 3, dtype=torch.float64):
+    return dist.RelaxedBernoulli(
+        torch.tensor(temperature, dtype=dtype), logits=torch.tensor(logit, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", [gate, relaxed_bernoulli])
 @pytest.mark.parametrize("temperature", [0.3, 2 / 3, 1.5])
 @pytest.mark.parametrize(("a_q", "a_p"), PAIRS)
-def test_divergence_equals_monte_carlo(a_q, a_p, temperature):
+def test_divergence_equals_monte_carlo(a_q, a_p, temperature, family, dtype):
     torch.manual_seed(0)
-    q, p = gate(a_q, temperature), gate(a_p, temperature)
+    q, p = family(a_q, temperature, dtype), family(a_p, temperature, dtype)
+    if family is relaxed_bernoulli:  # before the sigmoid, where nothing is lost to rounding
+        q, p = q.base_dist, p.base_dist
     z = q.sample((200_000,))
     log_ratio = q.log_prob(z) - p.log_prob(z)
     standard_error = float(log_ratio.std()) / math.sqrt(len(z))
@@ -72,13 +79,20 @@ def test_divergence_equals_an_integral_over_the_interior(a_q, a_p):
     assert float(kl_divergence(q, p)) == pytest.approx(float(interior + atoms), abs=1e-8)
 
 
-def test_gradient_of_the_divergence_equals_differences_everywhere():
+@pytest.mark.parametrize("family", [HardConcrete, dist.RelaxedBernoulli])
+def test_gradient_of_the_divergence_equals_differences_everywhere(family):
     a_q = torch.linspace(-14, 14, 29, dtype=torch.float64, requires_grad=True)
     a_p = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda q, p: kl_divergence(HardConcrete(2 / 3, logits=q), HardConcrete(2 / 3, logits=p)),
-        (a_q, a_p),
-    )
+    temperature = torch.tensor(2 / 3, dtype=torch.float64)
+
+    def divergence(q, p):
+        return kl_divergence(family(temperature, logits=q), family(temperature, logits=p))
+
+    assert torch.autograd.gradcheck(divergence, (a_q, a_p))
+    exact = torch.autograd.grad(divergence(a_q, a_p).sum(), a_q)[0]
+    single = a_q.detach().float().requires_grad_()
+    found = torch.autograd.grad(divergence(single, a_p.float()).sum(), single)[0]
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_of_the_divergence_is_finite_for_very_certain_gates():

@@ -178,3 +178,9 @@ def test_calibration_leaves_padding_out(backbone, batch, adapter_weights):
     network.backbone.bert.embeddings.word_embeddings.weight.data[0] = 1e3  # the padding token
     network.calibrate([batch], adapter_weights(network))
     assert torch.equal(network._layers[0].input_limits, limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_backbone_that_is_not_in_single_precision_is_refused(backbone, dtype):
+    with pytest.raises(ValueError, match="must be in float32"):
+        AdaptedNetwork(backbone().to(dtype))

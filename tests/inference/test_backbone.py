@@ -110,3 +110,8 @@ def test_a_folder_with_only_a_sentencepiece_model_has_its_tokenizer(tmp_path, ba
     tokenizer = load_backbone(str(tmp_path), 2).tokenizer
     assert "[UNK]" not in tokenizer.tokenize("the doctors near the nurse")
     assert tokenizer("the nurse")["input_ids"][0] == 1
+
+
+def test_an_empty_name_is_not_the_default():
+    with pytest.raises(InputError, match="backbone '' is no model folder"):
+        load_backbone("", 2)

@@ -49,7 +49,12 @@ def test_options_that_do_not_go_together(options, says, error_of):
         ([{"a": 1, "label": 0}], None, {}, "has 0 columns of text"),
         # texts
         ([*rows(0, 1), *rows(1, text=7)], None, {}, "train.jsonl, row 3: text is 7"),
-        (rows(0, 1), [*rows(0), {"label": 1, "text": None}], {}, "dev.jsonl, row 2: text is None"),
+        (
+            rows(0, 1),
+            [*rows(0), {"label": 1, "text": None}],
+            {},
+            "dev.jsonl, row 2: text is missing",
+        ),
         # labels
         (rows(0, 1, None), None, {}, "train.jsonl, row 3: label is missing"),
         (rows("a", "b"), rows("a", ""), {}, "dev.jsonl, row 2: label is missing"),

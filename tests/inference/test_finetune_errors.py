@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bayes_lora.inference import assemble
+from bayes_lora.models.priors import CostWeightedGates, IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork
 
 
@@ -24,8 +26,11 @@ from bayes_lora.network import AdaptedNetwork
         ({"learning_rate": "inf"}, "learning_rate is inf"),
         ({"max_grad_norm": "nan"}, "max_grad_norm is nan"),
         ({"seed": -1}, "seed is -1: give one from 0"),
+        ({"seed": 2**32 - 1, "restarts": 2}, "restarts counted in"),
+        ({"data_seed": -1}, "data_seed is -1"),
         ({"target_bops": 2}, "target_bops is 2"),
         ({"target_bops": 0.05, "method": "lora"}, "choose another method than lora"),
+        ({"target_bops": 0.1, "joint_share": 0}, "target_bops needs joint steps"),
         ({"target_bops": 0.05, "method": "r"}, r"every gate closed 0\.[78]\d* are left"),
         ({"warmup_share": 0.9}, "shares"),
         ({"refine_epochs": 1}, "leave input and hidden out of --quantized_tensors"),
@@ -102,3 +107,43 @@ def test_a_loss_that_is_not_finite_names_step_phase_and_term(
     # the last weights with a finite loss, not those that the last update made of them
     assert torch.equal(guide["loc"], seen[7])
     assert not torch.equal(guide["loc"], seen[8])
+
+
+def test_parameters_of_the_very_last_step_are_looked_at_too(command, tmp_path):
+    code, _, err = command(learning_rate=1e30, epochs=0.1)  # one step
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "step 0, phase " in err
+    guide = load_file(tmp_path / "run" / "guide.safetensors")
+    assert guide["loc"].abs().max() <= 1  # as drawn
+
+
+def test_predictions_that_are_not_finite_are_one_line(command, monkeypatch):
+    forward = AdaptedNetwork.forward
+
+    def breaks_outside_training(self, batch, latents):
+        return forward(self, batch, latents) * (1 if self.training else torch.nan)
+
+    monkeypatch.setattr(AdaptedNetwork, "forward", breaks_outside_training)
+    code, _, err = command(epochs=1)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "predictions not finite" in err
+
+
+def test_a_budget_that_was_missed_is_said(command):
+    with pytest.warns(UserWarning, match=r"above the 5\.00% asked for"):
+        assert command(target_bops=0.05, epochs=1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "page", "says"),
+    [("price", IndependentGates(), "price"), ("target_bops", CostWeightedGates(), "target_bops")],
+)
+def test_an_option_that_the_prior_of_the_page_does_not_have(
+    option, page, says, command, monkeypatch
+):
+    monkeypatch.setattr(assemble, "Priors", lambda: Priors(gates=page))
+    code, _, err = command(**{option: 0.5})
+    assert code == 2
+    assert f"{says} is not for the {type(page).__name__} of models/priors.py" in err

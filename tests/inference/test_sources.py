@@ -78,6 +78,9 @@ def test_a_folder_without_the_task(tmp_path, write, error_of):
         ("t.jsonl", "", "has no examples"),
         ("t.csv", "text,label\n", "has no examples"),
         ("t.csv", "text,label\na,0,1\n", "Expected 2 columns, got 3"),
+        ("t.csv", "text,label\na,0\n,1\n", "row 2: text is missing"),
+        ("t.tsv", "text\tlabel\na\t0\nb\t1\nc\t\n", "row 3: label is missing"),
+        ("t.csv", "text,text,label\na,b,0\n", "columns twice: text"),
         ("t.parquet", "text", "cannot read"),
         ("t.txt", "text", "must end in .jsonl, .json, .csv, .tsv, .parquet"),
     ],
@@ -90,10 +93,14 @@ def test_files_that_cannot_be_read(tmp_path, name, text, says, error_of):
     assert str(path) in message
 
 
-def test_bytes_that_are_no_text(tmp_path, error_of):
-    (tmp_path / "t.jsonl").write_bytes(b'{"text": "\xff", "label": 0}')
-    file = str(tmp_path / "t.jsonl")
-    assert "utf-8" in error_of(DataConfig(train_file=file, validation_file=file))
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.jsonl", b'{"text": "\xff", "label": 0}'), ("t.csv", b"text,label\ncaf\xe9,0\n")],
+)
+def test_bytes_that_are_no_text(tmp_path, name, content, error_of):
+    (tmp_path / name).write_bytes(content)
+    file = str(tmp_path / name)
+    assert "utf-8" in error_of(DataConfig(train_file=file, validation_file=file)).lower()
 
 
 def test_a_hub_out_of_reach_says_how_to_go_on(monkeypatch, tmp_path, error_of):

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from bayes_lora.inference.history import History
 from bayes_lora.inference.phases import Phase, plan
 from bayes_lora.inference.table import rank_and_bits_table
-from bayes_lora.inference.train import gate_learning_rate
-from bayes_lora.models.model import Gates
+from bayes_lora.inference.train import gate_learning_rate, record_step
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Classification
+from bayes_lora.models.model import BayesianLoRA, Gates
+from bayes_lora.models.priors import Priors
+from bayes_lora.network import AdaptedNetwork
 
 
 @pytest.mark.parametrize("total", [1, 7, 93, 1000])
@@ -60,3 +65,22 @@ def test_table_shows_decision_and_its_exact_probability(network):
         *("4", "72%"),
         *("2", "30%"),
     ]
+
+
+def test_a_single_layer_keeps_the_names_of_block_and_kind(backbone):
+    network = AdaptedNetwork(
+        backbone(), rank=2, target_modules=r".*layer\.1\.attention.self\.query"
+    )
+    gates = Gates(torch.ones(1, 2))
+    assert "\n1.attention.self.query " in rank_and_bits_table(network, gates, gates)
+
+
+def test_the_log_likelihood_at_the_end_is_of_the_last_phase(network, tmp_path):
+    model = BayesianLoRA(network, Classification(), Priors(), num_examples=10)
+    guide = GateGuide(model, torch.zeros(network.num_adapter_weights))
+    with History(tmp_path / "history.csv", model, guide, steps=4) as history:
+        for step, phase in enumerate(("warmup", "joint", "settle", "settle")):
+            terms = {"log_likelihood": -8.0 + step**2}
+            history.add(record_step(step, phase, 1.0, 0.7, terms, model, guide))
+    assert history.last(3)["log_likelihood"] == pytest.approx((-4 + 1) / 2)
+    assert history.last(1)["log_likelihood"] == pytest.approx(1)

@@ -111,16 +111,20 @@ def test_a_prior_without_closed_form_divergence_is_estimated_as_pyro_does(networ
     )
 
 
-def test_minibatch_elbos_average_to_that_of_the_full_batch(network):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_minibatch_elbos_average_to_that_of_the_full_batch(network, sampled):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 60, (20, 7), generator=generator)
     labels = torch.randint(0, 2, (20,), generator=generator)
     model, guide = pair(network, num_examples=20)
     model.eval()
-    gates = guide.decision()
+    with torch.no_grad():
+        guide.bit_logits.fill_(0.3)
+    gates = None if sampled else guide.decision()
     elbo = TraceMeanField_ELBO()
 
     def loss(rows):
+        pyro.set_rng_seed(3)  # the same draw of the gates for every part
         inputs = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows])}
         return elbo.loss(model, guide, inputs, labels[rows], 1.0, gates)
 
