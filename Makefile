@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-demo ## fine-tune on the embedded task, into runs/demo
 	$(BIN)/bayes-lora finetune --task agreement --epochs 4 --output_dir runs/demo --overwrite
 
 test: lint types ## lint, check types, run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed-test ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -57,6 +57,6 @@ $(BIN)/pip:
 comma := ,
 define install
 echo "Installing bayes-lora[$(1)] into $(VENV) (once, a few minutes)"; \
-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
+$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
 	|| { echo "make: installing failed; the lines above say which package" >&2; exit 1; }
 endef

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from bayes_lora.inference import assemble
+from bayes_lora.inference import assemble, data
 from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import parse
@@ -120,8 +120,11 @@ def test_batches_of_like_length_have_less_padding(command, monkeypatch):
     assert padding["group_by_length"] < 0.6 * padding["random"]
 
 
-def test_the_loss_goes_down_with_real_weights_and_all_gates(tmp_path, read_history, few_draws):
+def test_the_loss_goes_down_with_real_weights_and_all_gates(
+    tmp_path, read_history, few_draws, monkeypatch
+):
     """The embedded task on MiniLM, whose frozen features leave it at chance (0.69 nats)."""
+    monkeypatch.setattr(data, "NUM_VALIDATION", 64)
     settings = {
         "epochs": 1.6,
         "draws": 1,
