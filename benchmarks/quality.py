@@ -23,6 +23,7 @@ from bayes_lora.inference.config import FinetuneConfig, parse
 COLUMNS = (
     "score", "nll", "ece", "relative_bops_32", "relative_bops_16", "mean_rank",
     "mean_bits_weight", "mean_bits_input", "score_before_settling",
+    "averaged_score", "averaged_nll", "averaged_ece",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def main() -> None:
             rows.append({"method": method, "seed": str(seed)} | values)
     with (arguments.output_dir / "quality.csv").open("w", newline="", encoding="utf-8") as file:
         file.write(f"# python benchmarks/quality.py {shlex.join(sys.argv[1:])}\n")
-        writer = csv.DictWriter(file, ["method", "seed", *COLUMNS])
+        writer = csv.DictWriter(file, ["method", "seed", *COLUMNS], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(f"| method | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
