@@ -1,4 +1,4 @@
-"""Batches of the training set."""
+"""Batches: of the training set, shuffled; for predictions, of like length."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def training_batches(
         drop_last=len(train) >= batch_size,
         collate_fn=collate,
     )
+
+
+def evaluation_batches(
+    data: Dataset, collate: Callable[[list[Any]], dict[str, Tensor]], batch_size: int = 64
+) -> DataLoader:
+    """All examples, the shortest first, so that batches have little padding.
+
+    Its `sampler` says where in `data` each one stands.
+    """
+    lengths = [len(tokens) for tokens in data["input_ids"]]
+    order = sorted(range(len(data)), key=lengths.__getitem__)
+    return DataLoader(data, batch_size=batch_size, sampler=order, collate_fn=collate)
 
 
 def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:

@@ -28,13 +28,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bayes_lora.costs import relative_bops, tensor_bits
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors, data_seed, resolve
 from bayes_lora.inference.backbone import load_backbone
-from bayes_lora.inference.batches import forever, training_batches
+from bayes_lora.inference.batches import evaluation_batches, forever, training_batches
 from bayes_lora.inference.bundle import combine, quantities, read_bundle, write_bundle
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
@@ -143,7 +142,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     train_loader = training_batches(
         train, collate, settings.batch_size, settings.train_sampling_strategy, settings.seed
     )
-    validation_loader = DataLoader(validation, batch_size=64, collate_fn=collate)
+    validation_loader = evaluation_batches(validation, collate)
     labels = torch.tensor(validation["labels"]).numpy()
 
     targets = torch.tensor(train["labels"])

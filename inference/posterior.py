@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
+from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.bundle import Draws, InferenceData, bundle
 from bayes_lora.inference.draws import draw_posterior, draw_prior, log_probability, unbound
 from bayes_lora.inference.history import History
@@ -78,7 +78,7 @@ def sample_posterior(
     varies = model.gated or guide.log_scale is not None
 
     def predictions(data: Dataset, size: int) -> Prediction:
-        loader = DataLoader(data, batch_size=128, collate_fn=collate)
+        loader = evaluation_batches(data, collate)
         distinct = size if varies else 1
         first, second = predict_draws(model, guide, loader, held[:distinct], weights[:distinct])
         return first.repeat(size // distinct, 0), second.repeat(size // distinct, 0)

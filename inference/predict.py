@@ -41,7 +41,7 @@ def predict(
     model, guide : BayesianLoRA, GateGuide
         A trained pair.
     loader : DataLoader
-        Batches; `labels` are not looked at.
+        Batches; `labels` are not looked at. Its sampler must give the same order twice.
     gates : Gates
         What to hold the gates at.
     adapter_weights : Tensor, optional
@@ -51,7 +51,7 @@ def predict(
     -------
     tuple of two ndarrays
         Probabilities (examples, classes) and an empty array; or means and standard deviations,
-        both (examples,).
+        both (examples,). In the order of the data set, whatever that of the batches is.
 
     Raises
     ------
@@ -76,7 +76,9 @@ def predict(
     found = [torch.cat(parts) if parts else torch.empty(0) for parts in (first, second)]
     if not all(torch.isfinite(part).all() for part in found):
         raise NumericalError("predictions not finite; try a lower --learning_rate")
-    return found[0].cpu().numpy(), found[1].cpu().numpy()
+    place = torch.tensor(list(loader.sampler)).argsort()
+    first_found, second_found = (part.cpu()[place] if len(part) else part.cpu() for part in found)
+    return first_found.numpy(), second_found.numpy()
 
 
 def predict_draws(

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy import stats
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.predict import (
     averaged,
     draw_labels,
@@ -22,7 +25,7 @@ from bayes_lora.models.priors import Priors
 def test_every_draw_is_predicted_with_its_own_gates_and_weights(network, batch, adapter_weights):
     model = BayesianLoRA(network, Classification(), Priors(), num_examples=5)
     guide = GateGuide(model, adapter_weights(network))
-    loader = DataLoader([0], collate_fn=lambda _: dict(batch))
+    loader = DataLoader(range(5), batch_size=5, collate_fn=lambda _: dict(batch))
     generator = torch.Generator().manual_seed(0)
     draws = [
         Gates(*(torch.randint(2, s, generator=generator).float()
@@ -37,6 +40,32 @@ def test_every_draw_is_predicted_with_its_own_gates_and_weights(network, batch, 
         alone, _ = predict(model, guide, loader, draws[s], weights[s])
         assert np.array_equal(found[s], alone)
     assert not np.allclose(found[0], found[1])
+
+
+def test_predictions_of_batches_of_like_length_are_in_the_order_of_the_data(
+    network, batch, adapter_weights
+):
+    model = BayesianLoRA(network, Classification(), Priors(), num_examples=5)
+    guide = GateGuide(model, adapter_weights(network))
+    gates = Gates(torch.ones(network.rank_gate_shape), torch.ones(network.bit_gate_shape))
+    lengths = [6, 3, 5, 4, 2]
+    rows = [batch["input_ids"][i, :length].tolist() for i, length in enumerate(lengths)]
+    data = Dataset.from_dict({"input_ids": rows})
+
+    def collate(examples):
+        tokens = [torch.tensor(example["input_ids"]) for example in examples]
+        mask = [torch.ones_like(each) for each in tokens]
+        return {
+            "input_ids": pad_sequence(tokens, batch_first=True),
+            "attention_mask": pad_sequence(mask, batch_first=True),
+        }
+
+    loader = evaluation_batches(data, collate, batch_size=2)
+    assert [len(b["input_ids"][0]) for b in loader] == [3, 5, 6]
+    found, _ = predict(model, guide, loader, gates)
+    expected, _ = predict(model, guide, DataLoader(data, collate_fn=collate), gates)
+    assert np.allclose(found, expected, atol=1e-5)
+    assert len(np.unique(found.round(4), axis=0)) == 5
 
 
 def test_log_likelihood_is_that_of_scipy():
