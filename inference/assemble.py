@@ -87,6 +87,8 @@ def configured_priors(config: FinetuneConfig) -> Priors:
     priors, options = Priors(), config.posterior
     if options.weight_prior_scale is not None:
         priors.adapter_weight_scale = options.weight_prior_scale
+    if options.weight_temperature is not None:
+        priors.adapter_weight_temperature = options.weight_temperature
     for option, name, value in (
         ("price", "price", options.price),
         ("target_bops", "budget", options.target_bops),
@@ -106,7 +108,11 @@ def resolve(
     config: FinetuneConfig, task: str, gate_learning_rate: float, priors: Priors
 ) -> FinetuneConfig:
     """The configuration with what was left to defaults filled in, as far as options can say it."""
-    posterior = replace(config.posterior, weight_prior_scale=priors.adapter_weight_scale)
+    posterior = replace(
+        config.posterior,
+        weight_prior_scale=priors.adapter_weight_scale,
+        weight_temperature=priors.adapter_weight_temperature,
+    )
     if getattr(priors.gates, "budget", None) is None:
         posterior.price = getattr(priors.gates, "price", None)
     training = replace(

@@ -59,6 +59,9 @@ class PosteriorConfig:
     weight_prior_scale: float | None = _option(
         None, "prior standard deviation of adapter weights; default: as in models/priors.py"
     )
+    weight_temperature: float | None = _option(
+        None, "weight of the KL of adapter weights; below 1 a cold posterior; default: as there"
+    )
     price: float | None = _option(
         None, "nats that all bit operations are worth; default: as in models/priors.py"
     )
@@ -153,6 +156,9 @@ class FinetuneConfig:
             ),
             f"weight_prior_scale is {posterior.weight_prior_scale}: give a number > 0": (
                 posterior.weight_prior_scale is None or 0 < posterior.weight_prior_scale < math.inf
+            ),
+            f"weight_temperature is {posterior.weight_temperature}: give a number > 0": (
+                posterior.weight_temperature is None or 0 < posterior.weight_temperature < math.inf
             ),
             f"price is {posterior.price}: give a number >= 0": (
                 posterior.price is None or 0 <= posterior.price < math.inf

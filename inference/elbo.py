@@ -2,6 +2,8 @@
 
     loss = -E_q[log p(label | latents)] + kl_weight * (sum of KL(q || p) + price * share of BOPs)
 
+where the KL of the adapter weights may have a temperature besides (`models/priors.py`).
+
 Source: `pyro.infer.TraceMeanField_ELBO`, the ELBO with closed-form divergences.
 """
 
@@ -27,7 +29,8 @@ class TermwiseELBO(TraceMeanField_ELBO):
     terms : dict of str to Tensor
         Nats, detached, shape (): `log_likelihood` of the whole data set as estimated from the
         batch, `kl_<site>` for every latent, and `energy`, price times share of bit operations.
-        None of them is weighted: loss = -log_likelihood + kl_weight * (sum of the others).
+        None of them is weighted: at temperature 1 of the adapter weights,
+        loss = -log_likelihood + kl_weight * (sum of the others).
 
     Examples
     --------

@@ -47,7 +47,7 @@ from bayes_lora.inference.files import (
     write_text,
 )
 from bayes_lora.inference.history import History
-from bayes_lora.inference.metrics import evaluate_predictions
+from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
@@ -201,6 +201,14 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         warnings.warn(
             f"expected bit operations are {end['expected_bops']:.2%}, above the {budget:.2%} asked "
             "for: the price had too few joint steps; give more --epochs or --joint_share",
+            stacklevel=2,
+        )
+    reached = -end["log_likelihood"] / len(train)
+    if reached > constant_nll(targets.numpy(), task.is_regression) - 0.01:
+        warnings.warn(
+            f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, that "
+            "of the labels' frequencies. Where adapters have learned nothing when sampling begins, "
+            "gates close: give more --epochs or --warmup_share, or another --learning_rate",
             stacklevel=2,
         )
     metrics = {

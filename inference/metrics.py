@@ -44,6 +44,22 @@ COVERAGE_LEVELS = np.arange(1, 20) / 20
 """Nominal levels of the central intervals whose coverage is checked: 0.05, 0.10, ..., 0.95."""
 
 
+def constant_nll(labels: NDArray[np.number], is_regression: bool) -> float:
+    """NLL of the best prediction that looks at no example, nats per example.
+
+    It is the entropy of the classes' frequencies, or of the normal distribution with the mean and
+    the standard deviation of the labels.
+
+    Examples
+    --------
+    >>> round(constant_nll(np.array([0, 1, 1, 1]), is_regression=False), 4)
+    0.5623
+    """
+    if is_regression:
+        return float(stats.norm.entropy(labels.mean(), labels.std()))
+    return float(stats.entropy(np.unique_counts(labels).counts))
+
+
 def accuracy(predictions: IntArray, labels: IntArray) -> float:
     """Share of the labels that were predicted.
 

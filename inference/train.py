@@ -35,6 +35,10 @@ TRAVEL = 30.0
 """Nats of logit that a gate can travel while gates are sampled: enough to go from open to closed
 and back. Over the number of those steps, this is the gates' learning rate."""
 
+SCALE_LEARNING_RATE = 0.01
+"""Of the log standard deviations of normal adapter weights, which have nats to go where their means
+have hundredths; decays with the weights' rate."""
+
 CALIBRATION_BATCHES = 8
 
 PRICE_TRAVEL = 8.0
@@ -206,22 +210,27 @@ def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterable[dict[str,
 def parameter_groups(
     module: torch.nn.Module, guide: GateGuide, lr: float, gate_lr: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weights, head and likelihood; then the gates' logits.
+    """Parameter groups for an optimizer: weights, head and likelihood; gates; standard deviations.
 
     Parameters
     ----------
     module : Module
         Holds all that is trained, as an ELBO of model and guide does.
     guide : GateGuide
-        Its logits need a rate of their own: Adam moves them by about the rate a step, and from
-        open to closed are many nats.
+        Its logits and log standard deviations need rates of their own: Adam moves them by about
+        the rate a step, and from open to closed are many nats.
     lr, gate_lr : float
         Learning rates.
     """
     gates = [p for p in (guide.rank_logits, guide.bit_logits) if p is not None]
-    is_gate = {id(p) for p in gates}
-    weights = [p for p in module.parameters() if p.requires_grad and id(p) not in is_gate]
-    return [{"params": weights, "lr": lr}, {"params": gates, "lr": gate_lr}]
+    scales = [] if guide.log_scale is None else [guide.log_scale]
+    apart = {id(p) for p in gates + scales}
+    weights = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    return [
+        {"params": weights, "lr": lr},
+        {"params": gates, "lr": gate_lr},
+        {"params": scales, "lr": SCALE_LEARNING_RATE},
+    ]
 
 
 def _optimizer(
@@ -236,7 +245,9 @@ def _optimizer(
         return min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
 
     optimizer = AdamW(groups, weight_decay=0.0)  # the prior is the weight decay
-    return optimizer, LambdaLR(optimizer, [warmed_up_then_linear, lambda step: 1.0])
+    return optimizer, LambdaLR(
+        optimizer, [warmed_up_then_linear, lambda step: 1.0, warmed_up_then_linear]
+    )
 
 
 def record_step(

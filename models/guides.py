@@ -65,6 +65,7 @@ class GateGuide(PyroModule):
         self.loc = nn.Parameter(initial_weights.clone())
         network = model.network
         self._structure = network.structure
+        self._priors = model.priors
         component = component_of_weight(network.specs, network.rank).to(network.device)
         self.register_buffer("component", component, persistent=False)
         self.log_scale = None
@@ -84,8 +85,9 @@ class GateGuide(PyroModule):
         fixed: Gates | None = None,
     ) -> None:
         """Draw every latent; the arguments are those of the model."""
-        with scaled(kl_weight):
+        with scaled(kl_weight * self._priors.adapter_weight_temperature):
             pyro.sample("adapter_weights", self.adapter_weights(self._used(fixed)))
+        with scaled(kl_weight):
             if fixed is None and self.rank_logits is not None:
                 gate = HardConcrete(TEMPERATURE, logits=self.rank_logits)
                 pyro.sample("rank_gate", gate.to_event(2))

@@ -144,9 +144,10 @@ class BayesianLoRA(PyroModule):
         Tensor
             The labels, drawn or observed, shape (batch,).
         """
-        with scaled(kl_weight):
+        with scaled(kl_weight * self.priors.adapter_weight_temperature):
             prior = self.priors.adapter_weights(self.network)
             adapter_weights = pyro.sample("adapter_weights", prior)
+        with scaled(kl_weight):
             gates = fixed
             if gates is None:
                 priors = self.gate_priors()

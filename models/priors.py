@@ -50,6 +50,9 @@ class Priors:
     ----------
     adapter_weight_scale : float
         Standard deviation of the zero-mean normal prior of every adapter weight.
+    adapter_weight_temperature : float
+        Weight of the adapter weights' divergence from it, > 0. At 1 the objective is the ELBO;
+        below 1 the posterior is a cold one (Wenzel et al. 2020, arXiv 2002.02405).
     gates : GatePrior
         Prior of all rank and bit gates.
 
@@ -60,6 +63,7 @@ class Priors:
     """
 
     adapter_weight_scale: float = 1.0  # weak: A starts within 1 / sqrt(in), e at one
+    adapter_weight_temperature: float = 1.0
     gates: GatePrior = field(default_factory=lambda: GibbsGates(price=1000.0))  # 1 % = 10 nats
 
     def adapter_weights(self, network: AdaptedNetwork) -> TorchDistribution:

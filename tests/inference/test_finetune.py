@@ -1,6 +1,7 @@
 """The main job from end to end: what a run leaves, repeats, and learns."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -133,11 +134,18 @@ def test_the_loss_goes_down_with_real_weights_and_all_gates(
         "joint_share": 0.1,
     }
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    assert main(["finetune", "--output_dir", str(tmp_path / "run"), *arguments]) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "nothing was learned")
+        assert main(["finetune", "--output_dir", str(tmp_path / "run"), *arguments]) == 0
     history = read_history(tmp_path / "run")
     log_likelihood = [float(row["log_likelihood"]) for row in history]
     assert sum(log_likelihood[-10:]) / 10 > -0.6
     assert sum(log_likelihood[:10]) / 10 < -0.65
+
+
+def test_a_run_that_learned_nothing_says_so(command):
+    with pytest.warns(UserWarning, match="nothing was learned"):
+        assert command(learning_rate=1e-7, method="lora")[0] == 0
 
 
 def test_a_high_price_buys_fewer_bits(command, tmp_path):

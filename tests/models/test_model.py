@@ -95,6 +95,20 @@ def test_terms_add_up_to_the_loss(network, batch, kl_weight):
     assert float(loss) == pytest.approx(-terms["log_likelihood"] + kl_weight * penalty, rel=1e-5)
 
 
+def test_the_temperature_weighs_the_divergence_of_the_adapter_weights_alone(network, batch):
+    elbo = TermwiseELBO()
+    losses, terms = [], []
+    for temperature in (1.0, 0.2):
+        priors = Priors(gates=GibbsGates(price=70.0), adapter_weight_temperature=temperature)
+        model, guide = pair(network, priors=priors, normal_weights=True)
+        pyro.set_rng_seed(2)
+        losses.append(float(elbo.differentiable_loss(model, guide, batch, LABELS, 0.3)))
+        terms.append({name: float(value) for name, value in elbo.terms.items()})
+    assert terms[0] == terms[1]
+    difference = 0.3 * 0.8 * terms[0]["kl_adapter_weights"]
+    assert losses[0] - losses[1] == pytest.approx(difference, rel=1e-4)
+
+
 def test_a_prior_without_closed_form_divergence_is_estimated_as_pyro_does(network, batch):
     class HeavyTailed(Priors):
         def adapter_weights(self, network):
