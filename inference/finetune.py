@@ -206,9 +206,9 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     reached = -end["log_likelihood"] / len(train)
     if reached > constant_nll(targets.numpy(), task.is_regression) - 0.01:
         warnings.warn(
-            f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, that "
-            "of the labels' frequencies. Where adapters have learned nothing when sampling begins, "
-            "gates close: give more --epochs or --warmup_share, or another --learning_rate",
+            f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, no "
+            "better than by the labels' frequencies. Gates close over adapters that have learned "
+            "nothing: give more --epochs or --warmup_share, or another --learning_rate",
             stacklevel=2,
         )
     metrics = {

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 NAMED_IN_README = (infer, guides, likelihoods, model, priors, network, train)
-COMMANDS = re.findall(r"^    bayes-lora finetune (.*)$", TEXT, flags=re.MULTILINE)
+COMMANDS = re.findall(
+    r"^    bayes-lora finetune (.*)$", re.sub(r"\\\n\s*", "", TEXT), flags=re.MULTILINE
+)
 
 
 def test_there_are_commands_to_check():
@@ -33,7 +35,7 @@ def test_commands_parse(command):
 
 def test_the_demo_is_what_the_makefile_runs():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert COMMANDS[0] in recipe
+    assert COMMANDS[0] in re.sub(r"\\\n\s*", "", recipe)
 
 
 def test_the_page_of_priors_runs():
