@@ -9,7 +9,8 @@ Source: `pyro.infer.TraceMeanField_ELBO`, the ELBO with closed-form divergences.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from pyro.distributions import Unit
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 KL_TERMS = ("kl_adapter_weights", "kl_rank_gate", "kl_bit_gate")
+Number = TypeVar("Number", float, Tensor)
 
 
 class TermwiseELBO(TraceMeanField_ELBO):
@@ -29,8 +31,7 @@ class TermwiseELBO(TraceMeanField_ELBO):
     terms : dict of str to Tensor
         Nats, detached, shape (): `log_likelihood` of the whole data set as estimated from the
         batch, `kl_<site>` for every latent, and `energy`, price times share of bit operations.
-        None of them is weighted: at temperature 1 of the adapter weights,
-        loss = -log_likelihood + kl_weight * (sum of the others).
+        None of them is weighted: loss = -log_likelihood + kl_weight * `prior_cost` of the others.
 
     Examples
     --------
@@ -48,6 +49,26 @@ class TermwiseELBO(TraceMeanField_ELBO):
     ) -> tuple[Any, Tensor]:
         self.terms = elbo_terms(model_trace, guide_trace)
         return super()._differentiable_loss_particle(model_trace, guide_trace)
+
+
+def prior_cost(terms: Mapping[str, Number], temperature: float) -> Number:
+    """Sum of the terms other than the log likelihood, nats; as they are given, floats or tensors.
+
+    Parameters
+    ----------
+    terms : mapping of str to float or Tensor
+        As `TermwiseELBO.terms`, or some of them.
+    temperature : float
+        Weight of `kl_adapter_weights`, as `Priors.adapter_weight_temperature`.
+
+    Examples
+    --------
+    >>> prior_cost({"log_likelihood": -9.0, "kl_adapter_weights": 8.0, "energy": 1.0}, 0.5)
+    5.0
+    """
+    weight = {"kl_adapter_weights": temperature}
+    costs = [v * weight.get(name, 1.0) for name, v in terms.items() if name != "log_likelihood"]
+    return cast(Number, sum(costs))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bayes_lora.inference.elbo import KL_TERMS
+from bayes_lora.inference.elbo import KL_TERMS, prior_cost
 from bayes_lora.inference.train import Record, record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -72,7 +72,8 @@ class History:
 
     def refined(self, terms: dict[str, float]) -> None:
         """Keep one iteration of the refinement, under the number of the step before it."""
-        loss = sum(terms.values()) - 2 * terms["log_likelihood"]
+        cost = prior_cost(terms, self.model.priors.adapter_weight_temperature)
+        loss = cost - terms["log_likelihood"]
         step, size = int(self.records[-1]["step"]) if self.records else 0, self.model.num_examples
         self.add(record_step(step, "refine", 1.0, loss / size, terms, self.model, self.guide))
 

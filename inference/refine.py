@@ -22,6 +22,7 @@ from torch.distributions import kl_divergence
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import nested
+from bayes_lora.inference.elbo import prior_cost
 from bayes_lora.inference.natural_gradient import GateSet, ascend, divergence
 from bayes_lora.inference.train import PRICE_TRAVEL
 from bayes_lora.models.guides import GateGuide
@@ -95,7 +96,7 @@ def refine_guide(
         return terms if factor is None else terms | {"energy": -factor}
 
     def log_factor(*probs: Tensor) -> Tensor:
-        return -torch.stack(list(costs(*probs).values())).sum()
+        return -prior_cost(costs(*probs), model.priors.adapter_weight_temperature)
 
     @torch.no_grad()
     def store() -> None:

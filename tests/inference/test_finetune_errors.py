@@ -25,6 +25,7 @@ from bayes_lora.network import AdaptedNetwork
         ({"epochs": "inf"}, "epochs is inf"),
         ({"learning_rate": "inf"}, "learning_rate is inf"),
         ({"max_grad_norm": "nan"}, "max_grad_norm is nan"),
+        ({"weight_temperature": 0}, "weight_temperature is 0"),
         ({"seed": -1}, "seed is -1: give one from 0"),
         ({"seed": 2**32 - 1, "restarts": 2}, "restarts counted in"),
         ({"data_seed": -1}, "data_seed is -1"),

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.distributions import kl_divergence
 from torch.utils.data import DataLoader
 
 from bayes_lora.gates import level_weights, rank_probabilities
@@ -22,7 +23,7 @@ EXAMPLES = 150
 def trained(backbone):
     """A model of one adapted layer, a guide with weights that matter, and the data they made."""
 
-    def make(gates):
+    def make(gates, temperature=1.0, normal_weights=False):
         network = AdaptedNetwork(
             backbone(), rank=2, alpha=6.0, target_modules=".*0.attention.self.query",
             quantized_tensors=["weight", "input"], num_levels=2,
@@ -37,8 +38,9 @@ def trained(backbone):
         with torch.no_grad():
             p = network(batch, Latents(weights, *truth)).softmax(-1)
         labels = torch.multinomial(p, 1, generator=generator).squeeze(-1)
-        model = BayesianLoRA(network, Classification(), Priors(gates=gates), EXAMPLES)
-        return model, GateGuide(model, weights), batch | {"labels": labels}
+        priors = Priors(gates=gates, adapter_weight_temperature=temperature)
+        model = BayesianLoRA(network, Classification(), priors, EXAMPLES)
+        return model, GateGuide(model, weights, normal_weights), batch | {"labels": labels}
 
     return make
 
@@ -48,7 +50,7 @@ def leading(count, size):
 
 
 @torch.no_grad()
-def marginals(model, guide, data):
+def marginals(model, guide, data, cost_of_rank=(0.0, 0.0, 0.0)):
     """Exact posterior of rank (3,) and of the bits of weight and input (3,), by enumeration."""
     batch = {k: v for k, v in data.items() if k != "labels"}
     rank_prior = rank_probabilities(model.rank_prior_logits.sigmoid())[0].log()
@@ -60,7 +62,7 @@ def marginals(model, guide, data):
         factor = model.priors.gates.log_factor(model.network, *gates)
         table[r, w, x] = (
             model.likelihood(output).log_prob(data["labels"]).sum()
-            + rank_prior[r] + bits_prior[0, w] + bits_prior[1, x]
+            + rank_prior[r] + bits_prior[0, w] + bits_prior[1, x] - cost_of_rank[r]
             + (0.0 if factor is None else factor)
         )  # fmt: skip
     posterior = torch.softmax(table.flatten(), 0).view(3, 3, 3)
@@ -86,6 +88,27 @@ def test_rank_and_bits_of_a_layer_have_their_exact_posterior(gates, trained):
     assert len(terms) == 120
     assert ("energy" in terms[0]) == isinstance(gates, GibbsGates)
     assert all(terms[-1][f"kl_{name}"] >= 0 for name in ("rank_gate", "bit_gate"))
+
+
+def test_a_component_has_to_earn_the_divergence_of_its_weights_at_its_temperature(trained):
+    temperature = 0.004
+    model, guide, data = trained(
+        IndependentGates(rank_logits=1.5), temperature, normal_weights=True
+    )
+    with torch.no_grad():
+        guide.log_scale.fill_(-9.0)  # draws are next to the mean, which is what is enumerated
+    posterior, prior = guide.adapter_weights(), model.priors.adapter_weights(model.network)
+    each = kl_divergence(posterior.base_dist, prior.base_dist).detach()
+    each = torch.zeros(2).index_add(0, guide.component, each)
+    cost = temperature * torch.tensor([0.0, each[0], each.sum()])
+    batches = forever(DataLoader([0], collate_fn=lambda _: dict(data)))
+    refine_guide(model, guide, batches, iterations=120)
+    found = rank_probabilities(guide.open_probabilities().rank_gate)[0]
+    exact, free = marginals(model, guide, data, cost)[0], marginals(model, guide, data)[0]
+    assert 0.5 * float((found - exact).abs().sum()) <= 0.03
+    assert 0.5 * float((free - exact).abs().sum()) > 0.2  # at temperature 0
+    full = marginals(model, guide, data, cost / temperature)[0]
+    assert 0.5 * float((full - exact).abs().sum()) > 0.2  # at temperature 1
 
 
 def test_weights_are_held_and_the_mode_is_given_back(trained):
