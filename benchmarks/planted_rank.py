@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     options = parser.parse_args()
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    print("# python benchmarks/planted_rank.py")
+    print("# python benchmarks/planted_rank.py", *sys.argv[1:])
     names = ["mode", "p_within_one", "low", "high"]
     writer.writerow(["seed", "layer", "planted", *names, *(f"mixture_{name}" for name in names)])
     judged = []

@@ -73,12 +73,11 @@ def predict(
             first.append(distribution.mean)
             second.append(distribution.stddev)
     model.train(was_training)
-    found = [torch.cat(parts) if parts else torch.empty(0) for parts in (first, second)]
+    place = torch.tensor(list(loader.sampler)).argsort()
+    found = [torch.cat(p).cpu()[place] if p else torch.empty(0) for p in (first, second)]
     if not all(torch.isfinite(part).all() for part in found):
         raise NumericalError("predictions not finite; try a lower --learning_rate")
-    place = torch.tensor(list(loader.sampler)).argsort()
-    first_found, second_found = (part.cpu()[place] if len(part) else part.cpu() for part in found)
-    return first_found.numpy(), second_found.numpy()
+    return found[0].numpy(), found[1].numpy()
 
 
 def predict_draws(

@@ -18,9 +18,14 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 NAMED_IN_README = (infer, guides, likelihoods, model, priors, network, train)
-COMMANDS = re.findall(
-    r"^    bayes-lora finetune (.*)$", re.sub(r"\\\n\s*", "", TEXT), flags=re.MULTILINE
-)
+
+
+def joined(text):
+    """Text with continued lines as one."""
+    return re.sub(r"\\\n\s*", "", text)
+
+
+COMMANDS = re.findall(r"^    bayes-lora finetune (.*)$", joined(TEXT), flags=re.MULTILINE)
 
 
 def test_there_are_commands_to_check():
@@ -35,7 +40,7 @@ def test_commands_parse(command):
 
 def test_the_demo_is_what_the_makefile_runs():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert COMMANDS[0] in re.sub(r"\\\n\s*", "", recipe)
+    assert COMMANDS[0] in joined(recipe)
 
 
 def test_the_page_of_priors_runs():

@@ -121,6 +121,19 @@ def inputs(folder, backbone):
 
 
 @pytest.fixture
+def small_run(inputs):
+    """Options of a run on the tiny model, by name."""
+    return {
+        "train_file": inputs / "train.jsonl",
+        "validation_file": inputs / "validation.jsonl",
+        "text_columns": "sentence",
+        "backbone": inputs / "model",
+        "max_length": 40,
+        "epochs": 4,
+    }
+
+
+@pytest.fixture
 def few_draws(monkeypatch):
     """Keep fewer draws in posterior.nc than a run otherwise does."""
     monkeypatch.setattr(posterior, "POSTERIOR_DRAWS", 4)
@@ -128,23 +141,13 @@ def few_draws(monkeypatch):
 
 
 @pytest.fixture
-def command(inputs, tmp_path, capsys, few_draws):
+def command(small_run, tmp_path, capsys, few_draws):
     """Run `bayes-lora finetune` with changes to a small run; returns exit code and outputs."""
 
     def run(**changes):
         AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would
-        options = {
-            "train_file": inputs / "train.jsonl",
-            "validation_file": inputs / "validation.jsonl",
-            "text_columns": "sentence",
-            "backbone": inputs / "model",
-            "rank": 3,
-            "epochs": 4,
-            "batch_size": 20,
-            "draws": 2,
-            "max_length": 40,
-            "output_dir": tmp_path / "run",
-        } | changes
+        small = {"rank": 3, "batch_size": 20, "draws": 2, "output_dir": tmp_path / "run"}
+        options = small_run | small | changes
         arguments = ["finetune"]
         for name, value in options.items():
             if value is not None:

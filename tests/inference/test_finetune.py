@@ -2,19 +2,18 @@
 
 import json
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from bayes_lora.inference import assemble, data
+from bayes_lora.inference import data
 from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.finetune import DIAGNOSIS, OUTPUTS
-from bayes_lora.models.priors import GibbsGates, Priors
+from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 
 
@@ -174,26 +173,6 @@ def test_a_run_too_short_to_settle_is_decided_and_reported_all_the_same(command,
     code, _, err = command(epochs=0.1)  # one step
     assert code == 0, err
     assert "score_before_settling" in json.loads((tmp_path / "run" / "metrics.json").read_text())
-
-
-def test_a_price_leaves_the_rest_of_the_page_alone(monkeypatch):
-    page = GibbsGates(price=500.0, budget=0.1, rank_logits=-2.0)
-    monkeypatch.setattr(assemble, "Priors", lambda: Priors(gates=replace(page)))
-    config = parse(["--output_dir", "x", "--price", "700"])
-    assert assemble.configured_priors(config).gates == replace(page, price=700.0, budget=None)
-    config = parse(["--output_dir", "x", "--target_bops", "0.2"])
-    assert assemble.configured_priors(config).gates == replace(page, budget=0.2)
-
-
-def test_the_page_of_priors_is_what_the_command_uses(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(Priors.__init__, "__defaults__", (0.5, *Priors.__init__.__defaults__[1:]))
-    assert command(epochs=1, method="r")[0] == 0
-    assert command(epochs=1, method="r", weight_prior_scale=1, output_dir=tmp_path / "b")[0] == 0
-    first, second = (
-        json.loads((tmp_path / name / "metrics.json").read_text())["kl_adapter_weights"]
-        for name in ("run", "b")
-    )
-    assert first < second - 1  # log 0.5 a weight, and a little for their size
 
 
 def test_every_method_trains_with_the_same_dropout(command, monkeypatch):

@@ -40,18 +40,10 @@ def test_a_notebook_is_short_and_holds_its_outputs(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_runs_on_a_tiny_model(name, inputs):
+def test_a_notebook_runs_on_a_tiny_model(name, small_run):
     notebook = read(name)
     (parameters,) = [c for c in code_of(notebook) if "parameters" in c.metadata.get("tags", ())]
-    options = {
-        "train_file": inputs / "train.jsonl",
-        "validation_file": inputs / "validation.jsonl",
-        "text_columns": "sentence",
-        "backbone": inputs / "model",
-        "batch_size": 40,
-        "max_length": 40,
-        "epochs": 4,
-    }
+    options = small_run | {"batch_size": 40}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     parameters.source = f"""options = {words}
 from bayes_lora.inference import posterior
