@@ -20,14 +20,12 @@ import math
 import sys
 
 import pyro
-import pyro.distributions as dist
 import torch
 from accelerate import Accelerator
-from pyro.nn import PyroModule
+from planted import KnownNoise, random_texts, small_bert
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertForSequenceClassification
 
 from bayes_lora.gates import rank_probabilities
 from bayes_lora.inference.batches import forever
@@ -39,21 +37,8 @@ from bayes_lora.models.model import BayesianLoRA
 from bayes_lora.models.priors import IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork, Latents
 
-EXAMPLES, TOKENS, OUTPUTS, NOISE = 2000, 8, 32, 0.3
+EXAMPLES, BLOCKS, OUTPUTS, NOISE = 2000, 1, 32, 0.3
 RANK, MOST_PLANTED = 6, 4
-CONFIG = BertConfig(
-    vocab_size=200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-    intermediate_size=48, max_position_embeddings=16, num_labels=OUTPUTS,
-    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
-)  # fmt: skip
-
-
-class KnownNoise(PyroModule):
-    """Normal likelihood of several outputs, of known standard deviation."""
-
-    def forward(self, output: Tensor) -> dist.Distribution:
-        """Distribution of the labels (batch, outputs) given their means."""
-        return dist.Normal(output, NOISE).to_event(1)
 
 
 def planted(network: AdaptedNetwork, ranks: Tensor, generator: torch.Generator) -> Latents:
@@ -68,18 +53,17 @@ def planted(network: AdaptedNetwork, ranks: Tensor, generator: torch.Generator) 
 
 def task(seed: int) -> tuple[AdaptedNetwork, list[dict[str, Tensor]], Tensor]:
     """The network, the examples, and the planted ranks (L,)."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    network = AdaptedNetwork(BertForSequenceClassification(CONFIG), rank=RANK, alpha=float(RANK))
+    backbone = small_bert(BLOCKS, OUTPUTS, seed)
+    network = AdaptedNetwork(backbone, rank=RANK, alpha=float(RANK))
     network.eval()
     ranks = torch.randint(MOST_PLANTED + 1, (len(network.specs),), generator=generator)
-    ids = torch.randint(1, CONFIG.vocab_size, (EXAMPLES, TOKENS), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = random_texts(EXAMPLES, generator)
     with torch.no_grad():
         clean = network(batch, planted(network, ranks, generator))
     labels = clean + NOISE * torch.randn(clean.shape, generator=generator)
-    examples = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y}
-                for i, y in zip(ids, labels, strict=True)]  # fmt: skip
+    columns = batch | {"labels": labels}
+    examples = [{name: column[i] for name, column in columns.items()} for i in range(EXAMPLES)]
     return network, examples, ranks
 
 
@@ -91,7 +75,7 @@ def rank_posterior(
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(examples, 200, shuffle=True, generator=generator)  # type: ignore[arg-type]
     priors = Priors(gates=IndependentGates(), adapter_weight_scale=0.3)
-    model = BayesianLoRA(network, KnownNoise(), priors, EXAMPLES, bit_gates=False)
+    model = BayesianLoRA(network, KnownNoise(NOISE), priors, EXAMPLES, bit_gates=False)
     guide = GateGuide(model, network.initial_adapter_weights(generator), normal_weights=True)
     with torch.no_grad():
         guide.rank_logits.copy_(model.rank_prior_logits)
@@ -120,7 +104,7 @@ def main() -> None:
     """Print the table as CSV, and a summary to the other stream."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--restarts", type=int, default=2)
+    parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4000)
     options = parser.parse_args()
     writer = csv.writer(sys.stdout, lineterminator="\n")
