@@ -1,17 +1,21 @@
-r"""Bit operations of an adapted network, as a function of its gates.
+r"""What an adapted network costs, as a function of its gates.
 
-A multiply-accumulate of a b-bit with a c-bit number costs b c bit operations (BOPs). Per token,
+With r the effective rank of a layer, sum_k g_k, and b_t the bits of its tensors:
 
-    BOPs(layer) = out in b_weight b_input                    the frozen weight
-                + r (in b_A b_input + b_e b_hidden + out b_B b_hidden)        the adapter
+    MACs(layer)  = out in + r (in + 1 + out)                    multiply-accumulates per token
+    BOPs(layer)  = out in b_weight b_input                      the frozen weight
+                 + r (in b_A b_input + b_e b_hidden + out b_B b_hidden)        the adapter
+    bytes(layer) = r (in b_A + b_e + out b_B) / 8               of A, e and B; ranges not counted
 
-with r the effective rank, sum_k g_k. Linear layers of the encoder without an adapter count at
-32 x 32 bits. Embeddings, normalisations, attention products and the head, which runs once a
-sequence, are left out, on both sides of every ratio.
+as a multiply-accumulate of a b-bit with a c-bit number costs b c bit operations (BOPs). Linear
+layers of the encoder without an adapter count at 32 x 32 bits. Embeddings, normalisations,
+attention products and the head, which runs once a sequence, are left out, on both sides of every
+ratio.
 
-The function is multilinear in the gates. So it takes draws, decisions, and open probabilities
-alike; for the latter it is the exact expectation over gates that are open or closed,
-independently, with these probabilities.
+All three are multilinear in the gates. So they take draws, decisions, and open probabilities
+alike; for the latter they are the exact expectation over gates that are open or closed,
+independently, with these probabilities. Nothing is computed with the weights, so a network on the
+meta device will do.
 
 Sources: van Baalen et al., arXiv 2005.07093; Meo et al., arXiv 2406.13046.
 """
@@ -43,12 +47,62 @@ def tensor_bits(network: AdaptedNetwork, bit_gate: Tensor | None) -> dict[str, T
     dict of str to Tensor
         Mean bits under the level weights, by tensor kind, each of shape (L,).
     """
-    layers = len(network.specs)
-    device = network.device if bit_gate is None else bit_gate.device
-    bits = {tensor: torch.full((layers,), float(FULL_BITS), device=device) for tensor in TENSORS}
+    full = torch.full((len(network.specs),), float(FULL_BITS), device=_device(bit_gate))
+    bits = dict.fromkeys(TENSORS, full)
     if bit_gate is not None:
         bits |= zip(network.quantized_tensors, expected_bits(bit_gate).unbind(-1), strict=True)
     return bits
+
+
+def adapter_parameters(network: AdaptedNetwork, rank_gate: Tensor | None = None) -> Tensor:
+    """Entries of A, e and B that are in use, of every adapted layer.
+
+    Parameters
+    ----------
+    network : AdaptedNetwork
+        The layers and their sizes.
+    rank_gate : Tensor or None
+        Gates or open probabilities, shape (L, R); None for full rank.
+
+    Returns
+    -------
+    Tensor
+        Shape (L,), differentiable in the gates.
+    """
+    rows, columns = _sizes(network, _device(rank_gate))
+    return _rank(network, rank_gate) * (columns + 1 + rows)
+
+
+def macs(network: AdaptedNetwork, rank_gate: Tensor | None = None) -> Tensor:
+    """Multiply-accumulates per token of every adapted layer, shape (L,).
+
+    Parameters are those of `adapter_parameters`: every entry of every matrix is used once.
+    """
+    rows, columns = _sizes(network, _device(rank_gate))
+    return rows * columns + adapter_parameters(network, rank_gate)
+
+
+def adapter_bytes(
+    network: AdaptedNetwork, rank_gate: Tensor | None = None, bit_gate: Tensor | None = None
+) -> Tensor:
+    """Bytes that A, e and B of every adapted layer take, without the ranges of their grids.
+
+    Parameters are those of `bit_operations`; the result has shape (L,).
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1,
+    ...                     num_attention_heads=2, intermediate_size=16)
+    >>> network = AdaptedNetwork(BertForSequenceClassification(config), rank=4)
+    >>> adapter_bytes(network)[0], 4 * 4 * (8 + 1 + 8)
+    (tensor(272.), 272)
+    """
+    bits = tensor_bits(network, bit_gate)
+    device = _device(rank_gate, bit_gate)
+    rows, columns = _sizes(network, device)
+    A, e, B = (bits[tensor].to(device) for tensor in ("A", "e", "B"))
+    return _rank(network, rank_gate).to(device) * (columns * A + e + rows * B) / 8
 
 
 def bit_operations(
@@ -70,18 +124,12 @@ def bit_operations(
     Tensor
         BOPs, shape (L,), differentiable in the gates.
     """
-    bits = tensor_bits(network, bit_gate)
-    if bit_gate is None and rank_gate is not None:  # what is compared lies with the gates
-        bits = {tensor: value.to(rank_gate.device) for tensor, value in bits.items()}
-    like = bits["weight"]
-    rows = like.new_tensor([spec.out_features for spec in network.specs])
-    columns = like.new_tensor([spec.in_features for spec in network.specs])
-    rank: Tensor | float = float(network.rank)
-    if rank_gate is not None:
-        rank = network.structure(rank_gate).sum(-1)
+    device = _device(rank_gate, bit_gate)
+    bits = {tensor: b.to(device) for tensor, b in tensor_bits(network, bit_gate).items()}
+    rows, columns = _sizes(network, device)
     frozen = rows * columns * bits["weight"] * bits["input"]
     adapter = columns * bits["A"] * bits["input"] + (bits["e"] + rows * bits["B"]) * bits["hidden"]
-    return frozen + rank * adapter
+    return frozen + _rank(network, rank_gate).to(device) * adapter
 
 
 def relative_bops(
@@ -120,3 +168,22 @@ def relative_bops(
     full = bit_operations(network).sum().to(used.device) * (reference_bits / FULL_BITS) ** 2
     rest = network.frozen_macs * FULL_BITS**2
     return (used + rest) / (full + network.frozen_macs * reference_bits**2)
+
+
+def _device(*gates: Tensor | None) -> torch.device:
+    """Where the gates are; that of the network does not matter, it may be meta."""
+    return next((gate.device for gate in gates if gate is not None), torch.device("cpu"))
+
+
+def _sizes(network: AdaptedNetwork, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the frozen weights, each of shape (L,)."""
+    sizes = [(spec.out_features, spec.in_features) for spec in network.specs]
+    rows, columns = torch.tensor(sizes, dtype=torch.float32, device=device).unbind(-1)
+    return rows, columns
+
+
+def _rank(network: AdaptedNetwork, rank_gate: Tensor | None) -> Tensor:
+    """Effective rank of every layer, shape (L,)."""
+    if rank_gate is None:
+        return torch.full((len(network.specs),), float(network.rank))
+    return network.structure(rank_gate).sum(-1)

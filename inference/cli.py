@@ -20,16 +20,24 @@ def _diagnose(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _costs(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.costs import run
+
+    run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": _finetune,
     "diagnose": _diagnose,
+    "costs": _costs,
 }
 
 USAGE = """usage: bayes-lora COMMAND [--help] ...
 
 commands:
   finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI
-  diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html"""
+  diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html
+  costs      what a network of any size would cost, from its configuration alone"""
 
 
 def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

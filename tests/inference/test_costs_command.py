@@ -1,0 +1,86 @@
+"""Costs of a network that has no weights, against published counts and counts by hand."""
+
+import json
+
+import pytest
+from transformers import DebertaV2Config
+
+from bayes_lora.inference.cli import main
+from bayes_lora.inference.costs import costs, meta_network
+
+
+@pytest.fixture
+def deberta(tmp_path):
+    """Configuration of DeBERTaV3-base, as a file."""
+    DebertaV2Config(
+        vocab_size=128100, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=512, relative_attention=True,
+        position_buckets=256, pos_att_type=["p2c", "c2p"], share_att_key=True,
+        norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return str(tmp_path / "config.json")
+
+
+def test_deberta_v3_base_has_its_known_size(deberta):
+    network = meta_network(deberta, 8, "all-linear")
+    assert network.device.type == "meta"
+    found = costs(network, [32, 8])
+    whole = found["network"]
+    assert round(whole["encoder_parameters"] / 1e6) == 184
+    assert whole["adapted_layers"] == len(found["layers"]) == 72
+    assert whole["lora_parameters"] == 1_327_104
+    assert whole["trainable_parameters"] == 1_327_104 + 8 * 72 + whole["head_parameters"]
+    # 12 blocks of four 768 x 768 and two 768 x 3072 matrices; e is used once a component
+    assert whole["macs"] == 12 * (4 * 768**2 + 2 * 768 * 3072) + 1_327_104 + 8 * 72
+    assert whole["at_bits"][32]["bit_operations"] == pytest.approx(1024 * whole["macs"], rel=1e-6)
+    assert whole["at_bits"][8]["relative_bops_32"] == pytest.approx(1 / 16)
+    assert whole["at_bits"][8]["adapter_bytes"] == 1_327_104 + 8 * 72
+
+
+def test_query_key_and_value_alone(deberta):
+    network = meta_network(deberta, 8, r".*(query|key|value)_proj")
+    whole = costs(network, [4])["network"]
+    assert (whole["adapted_layers"], whole["lora_parameters"]) == (36, 442_368)
+    adapted = 36 * 768**2 + 442_368 + 8 * 36
+    rest = whole["macs"] - adapted
+    assert rest == 12 * (768**2 + 2 * 768 * 3072)
+    share = (adapted * 16 + rest * 1024) / (1024 * (adapted + rest))
+    assert whole["at_bits"][4]["relative_bops_32"] == pytest.approx(share)
+    assert whole["at_bits"][4]["relative_bops_16"] == pytest.approx(4 * share)
+
+
+def test_the_command_prints_and_writes(inputs, tmp_path, capsys):
+    file = tmp_path / "costs.json"
+    words = ["--backbone", str(inputs / "model"), "--rank", "3", "--bits", "2"]
+    tensors = ["--quantized_tensors", "weight", "input"]
+    assert main(["costs", *words, *tensors, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "attention.self.query" in printed
+    assert "2 bits" in printed
+    found = json.loads(file.read_text())
+    layer = found["layers"]["bert.encoder.layer.0.intermediate.dense"]
+    assert (layer["in"], layer["out"]) == (16, 24)
+    assert layer["macs"] == 24 * 16 + 3 * (16 + 1 + 24)
+    at = layer["at_bits"]["2"]
+    assert at["weight_bytes"] == 24 * 16 / 4
+    assert at["adapter_bytes"] == 4 * 3 * (16 + 1 + 24)  # neither A, e nor B is quantized
+    assert at["bit_operations"] == 24 * 16 * 4 + 3 * (16 * 32 * 2 + (1 + 24) * 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--backbone", "/nowhere"], "cannot build backbone '/nowhere'"),
+        (["--rank", "0"], "rank is 0"),
+        (["--bits", "3"], "invalid choice: 3"),
+        (["--target_modules", "x"], "matches no linear layer"),
+        (["--quantized_tensors", "bias"], "no such tensor"),
+        (["--json", "/nowhere/costs.json"], "cannot write /nowhere/costs.json"),
+    ],
+)
+def test_errors_are_one_line(words, said, inputs, capsys):
+    options = [] if "--backbone" in words else ["--backbone", str(inputs / "model")]
+    assert main(["costs", *options, *words]) == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert errors.count("\n") == 1
