@@ -14,7 +14,7 @@ from bayes_lora.inference.backbone import Backbone
 from bayes_lora.inference.config import FinetuneConfig, TrainingConfig
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
-from bayes_lora.models.priors import Priors
+from bayes_lora.models.priors import NORMAL_WEIGHTS, Priors
 from bayes_lora.network import AdaptedNetwork
 
 
@@ -85,6 +85,9 @@ def configured_priors(config: FinetuneConfig) -> Priors:
         If an option is for another kind of gate prior than the page has.
     """
     priors, options = Priors(), config.posterior
+    if options.weight_posterior == "normal":
+        for name, number in NORMAL_WEIGHTS.items():
+            setattr(priors, name, number)
     if options.weight_prior_scale is not None:
         priors.adapter_weight_scale = options.weight_prior_scale
     if options.weight_temperature is not None:

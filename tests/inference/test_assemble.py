@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bayes_lora.inference import assemble
 from bayes_lora.inference.config import parse
-from bayes_lora.models.priors import GibbsGates, Priors
+from bayes_lora.models.priors import NORMAL_WEIGHTS, GibbsGates, Priors
 
 
 def test_a_price_leaves_the_rest_of_the_page_alone(monkeypatch):
@@ -26,3 +26,13 @@ def test_the_page_of_priors_is_what_the_command_uses(command, tmp_path, monkeypa
         for name in ("run", "b")
     )
     assert first < second - 1  # log 0.5 a weight, and a little for their size
+
+
+def test_a_normal_posterior_has_a_prior_of_its_own_unless_told_otherwise():
+    normal = ["--output_dir", "x", "--weight_posterior", "normal"]
+    found = assemble.configured_priors(parse(normal))
+    assert vars(found) == vars(Priors()) | NORMAL_WEIGHTS | {"gates": found.gates}
+    told = assemble.configured_priors(parse([*normal, "--weight_temperature", "0.5"]))
+    assert told.adapter_weight_temperature == 0.5
+    assert told.adapter_weight_scale == NORMAL_WEIGHTS["adapter_weight_scale"]
+    assert assemble.configured_priors(parse(normal[:2])).adapter_weight_temperature == 1.0
