@@ -54,6 +54,18 @@ def tensor_bits(network: AdaptedNetwork, bit_gate: Tensor | None) -> dict[str, T
     return bits
 
 
+def uniform_bits(network: AdaptedNetwork, bits: int) -> Tensor:
+    """Bit gates, shape (L, T, K), that give every quantized tensor the same bits.
+
+    Raises
+    ------
+    ValueError
+        If `bits` is none of the network's.
+    """
+    open_gates = torch.arange(network.num_levels) < network.bits.index(bits)
+    return open_gates.float().expand(network.bit_gate_shape)
+
+
 def adapter_parameters(network: AdaptedNetwork, rank_gate: Tensor | None = None) -> Tensor:
     """Entries of A, e and B that are in use, of every adapted layer.
 

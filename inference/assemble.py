@@ -11,7 +11,7 @@ from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError
 from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.backbone import Backbone
-from bayes_lora.inference.config import FinetuneConfig, TrainingConfig
+from bayes_lora.inference.config import FinetuneConfig, data_seed
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
 from bayes_lora.models.priors import NORMAL_WEIGHTS, Priors
@@ -124,11 +124,6 @@ def resolve(
     return replace(
         config, data=replace(config.data, task=task), posterior=posterior, training=training
     )
-
-
-def data_seed(settings: TrainingConfig) -> int:
-    """Seed of the subset of the training set: that of the run, unless told otherwise."""
-    return settings.seed if settings.data_seed is None else settings.data_seed
 
 
 def _check_budget(model: BayesianLoRA, budget: float) -> None:

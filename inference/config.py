@@ -101,8 +101,15 @@ class TrainingConfig:
     joint_share: float = _option(0.25, "share of the steps at full KL weight; the rest settles")
     mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "autocast of the network")
     seed: int = _option(0, "of everything random")
-    data_seed: int | None = _option(None, "draws max_train_examples; default: seed")
+    data_seed: int | None = _option(
+        None, "draws max_train_examples and holdout_share; default: seed"
+    )
     restarts: int = _option(1, "independent runs, of seeds seed, seed + 1, ...: the chains")
+
+
+def data_seed(settings: TrainingConfig) -> int:
+    """Seed of what is drawn from the training set: that of the run, unless told otherwise."""
+    return settings.seed if settings.data_seed is None else settings.data_seed
 
 
 @dataclass

@@ -17,7 +17,14 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from bayes_lora.costs import FULL_BITS, adapter_bytes, bit_operations, relative_bops, tensor_bits
+from bayes_lora.costs import (
+    FULL_BITS,
+    adapter_bytes,
+    bit_operations,
+    relative_bops,
+    tensor_bits,
+    uniform_bits,
+)
 from bayes_lora.errors import InputError
 from bayes_lora.gates import level_bits
 from bayes_lora.inference.backbone import default_backbone
@@ -72,14 +79,6 @@ def meta_network(
         )
 
 
-def uniform_bits(network: AdaptedNetwork, bits: int) -> torch.Tensor | None:
-    """Bit gates, shape (L, T, K), that give every quantized tensor `bits`; None for 32."""
-    if bits == FULL_BITS:
-        return None
-    levels = torch.arange(network.num_levels) < WIDTHS.index(bits)
-    return levels.double().expand(network.bit_gate_shape)
-
-
 def costs(network: AdaptedNetwork, widths: Sequence[int]) -> dict[str, Any]:
     """Everything that the network costs at full rank, ready for JSON.
 
@@ -123,7 +122,7 @@ def costs(network: AdaptedNetwork, widths: Sequence[int]) -> dict[str, Any]:
         "at_bits": {},
     }
     for width in widths:
-        gate = uniform_bits(network, width)
+        gate = None if width == FULL_BITS else uniform_bits(network, width)
         bops, size = (f(network, None, gate).double() for f in (bit_operations, adapter_bytes))
         weight_bytes = torch.tensor(frozen).double() * tensor_bits(network, gate)["weight"] / 8
         rest = float(network.frozen_macs * FULL_BITS**2)

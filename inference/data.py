@@ -72,6 +72,13 @@ class DataConfig:
         default=None,
         metadata={"help": "train on a random subset of this size, drawn with data_seed"},
     )
+    holdout_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "validate on this share of the training set, left out of it, instead of on the "
+            "validation set: to choose settings by"
+        },
+    )
 
 
 def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
@@ -83,7 +90,7 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
         If `train_file` is given, that and `validation_file` are read as task ``custom``; else
         `task` is read from `data_dir`, generated, or loaded from the hub.
     seed : int
-        Draws the subset of `max_train_examples`, and nothing else.
+        Draws the subset of `max_train_examples` and the part held out, and nothing else.
 
     Returns
     -------
@@ -127,6 +134,12 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     if config.max_train_examples is not None:
         size = min(config.max_train_examples, len(train))
         train = train.shuffle(seed=seed).select(range(size))
+    if config.holdout_share is not None:
+        size = round(config.holdout_share * len(train))
+        if not 0 < size < len(train):
+            raise InputError(f"holdout_share leaves {len(train) - size} examples to train on")
+        parts = train.train_test_split(test_size=size, seed=seed)
+        train, validation = parts["train"], parts["test"]
     return task, train, validation
 
 
@@ -196,6 +209,8 @@ def _check(config: DataConfig) -> None:
         raise InputError(f"max_length is {config.max_length}; give at least 8 tokens")
     if config.max_train_examples is not None and config.max_train_examples < 1:
         raise InputError(f"max_train_examples is {config.max_train_examples}; give at least 1")
+    if config.holdout_share is not None and not 0 < config.holdout_share < 1:
+        raise InputError(f"holdout_share is {config.holdout_share}; give a share in (0, 1)")
     if bool(config.train_file) != bool(config.validation_file):
         raise InputError("train_file and validation_file go together; give both, or neither")
     if config.train_file:

@@ -31,13 +31,12 @@ from torch import Tensor
 
 from bayes_lora.costs import relative_bops, tensor_bits
 from bayes_lora.errors import InputError
-from bayes_lora.inference.assemble import assemble, configured_priors, data_seed, resolve
+from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
-from bayes_lora.inference.batches import evaluation_batches, forever, training_batches
+from bayes_lora.inference.batches import forever, training_batches
 from bayes_lora.inference.bundle import combine, quantities, read_bundle, write_bundle
 from bayes_lora.inference.cli import report_errors
-from bayes_lora.inference.config import FinetuneConfig, parse
-from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
 from bayes_lora.inference.draws import draw_prior
 from bayes_lora.inference.files import (
     check_free,
@@ -52,10 +51,11 @@ from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
 from bayes_lora.inference.predict import averaged, predict
+from bayes_lora.inference.prepared import prepare
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.table import prior_table, rank_and_bits_table
 from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
-from bayes_lora.models.likelihoods import Classification, Regression
+from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
@@ -132,24 +132,11 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     settings, folder = config.training, Path(config.training.output_dir)
     check_free(folder, OUTPUTS, settings.overwrite)
     pyro.set_rng_seed(settings.seed)
-    task, train, validation = load_task(config.data, data_seed(settings))
-    backbone = load_backbone(config.network.backbone, task.num_labels)
-    collate = transformers.DataCollatorWithPadding(backbone.tokenizer)
-    train, validation = (
-        tokenize(part, task, backbone.tokenizer, config.data.max_length)
-        for part in (train, validation)
-    )
-    train_loader = training_batches(
-        train, collate, settings.batch_size, settings.train_sampling_strategy, settings.seed
-    )
-    validation_loader = evaluation_batches(validation, collate)
-    labels = torch.tensor(validation["labels"]).numpy()
-
-    targets = torch.tensor(train["labels"])
-    likelihood = Regression.of(targets) if task.is_regression else Classification()
-    model, guide = assemble(config, backbone, likelihood, priors, len(train))
+    data = prepare(config)
+    task, train, labels = data.task, data.train, data.labels
+    model, guide = assemble(config, data.backbone, data.likelihood, priors, len(train))
     phases = plan(
-        max(1, round(settings.epochs * len(train_loader))),
+        data.steps(settings.epochs),
         (settings.warmup_share, settings.anneal_share, settings.joint_share),
         gated=model.gated,
     )
@@ -167,7 +154,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     header = [f"priors: {model.priors}", f"classes: {', '.join(task.label_names) or 'none'}"]
     write_text(folder / "config.yaml", resolved.to_yaml(header))
     unsettled: dict[str, float] = {}
-    iterations = ceil(config.posterior.refine_epochs * len(train_loader) / DRAWS)
+    iterations = ceil(config.posterior.refine_epochs * len(data.batches) / DRAWS)
 
     def decide() -> Gates:
         if not model.gated:
@@ -175,12 +162,14 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         if iterations:
             # batches of their own, so that all methods are trained on the same ones
             batches = forever(
-                training_batches(train, collate, settings.batch_size, "random", settings.seed + 1)
+                training_batches(
+                    train, data.collate, settings.batch_size, "random", settings.seed + 1
+                )
             )
             with accelerator.autocast():
                 refine_guide(model, guide, batches, iterations, DRAWS, on_iteration=history.refined)
         gates = guide.decision()
-        prediction = predict(model, guide, validation_loader, gates)
+        prediction = predict(model, guide, data.validation_batches, gates)
         unsettled["score_before_settling"] = evaluate_predictions(task, *prediction, labels)[
             "score"
         ]
@@ -190,13 +179,13 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     with History(folder / "history.csv", model, guide, steps) as history:
         try:
             gates = fit(
-                model, guide, train_loader, phases, optimisation, accelerator, history.add, decide
+                model, guide, data.batches, phases, optimisation, accelerator, history.add, decide
             )
         finally:  # also after a numerical failure: the last good parameters
             write_tensors(folder / "guide.safetensors", dict(guide.state_dict()))
             write_tensors(folder / "head.safetensors", trained_state(model))
 
-    end = history.last(len(train_loader))
+    end = history.last(len(data.batches))
     if budget is not None and end["expected_bops"] > 1.05 * budget:
         warnings.warn(
             f"expected bit operations are {end['expected_bops']:.2%}, above the {budget:.2%} asked "
@@ -204,7 +193,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
             stacklevel=2,
         )
     reached = -end["log_likelihood"] / len(train)
-    if reached > constant_nll(targets.numpy(), task.is_regression) - 0.01:
+    if reached > constant_nll(data.targets.numpy(), task.is_regression) - 0.01:
         warnings.warn(
             f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, no "
             "better than by the labels' frequencies. Gates close over adapters that have learned "
@@ -212,7 +201,9 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
             stacklevel=2,
         )
     metrics = {
-        **evaluate_predictions(task, *predict(model, guide, validation_loader, gates), labels),
+        **evaluate_predictions(
+            task, *predict(model, guide, data.validation_batches, gates), labels
+        ),
         **unsettled,
         **end,
         **size(model.network, gates),
@@ -224,7 +215,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     posterior, prediction = sample_posterior(
-        model, guide, task, train, validation, collate, history,
+        model, guide, task, train, data.validation, data.collate, history,
         config.posterior.draws, settings.seed, config.posterior.save_weight_draws,
     )  # fmt: skip
     write_bundle(folder / "posterior.nc", posterior)

@@ -6,13 +6,14 @@ empty array. Regression: means (..., examples) and standard deviations (..., exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -63,16 +64,46 @@ def predict(
     device = guide.loc.device
     held = gates.map(lambda gate: gate.to(device))
     latents = Latents(guide.loc if adapter_weights is None else adapter_weights, *held)
+    found = predictions(lambda x: model.likelihood(model.network(x, latents)), loader, device)
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def predictions(
+    distribution_of: Callable[[dict[str, Tensor]], Distribution],
+    loader: DataLoader,
+    device: torch.device,
+) -> Prediction:
+    """Distribution of every label, from a function of a batch of inputs.
+
+    Parameters
+    ----------
+    distribution_of : function
+        From the inputs of a batch, on `device`, to the distribution of its labels: categorical,
+        or another that has a mean and a standard deviation.
+    loader, device
+        As of `predict`; where the inputs go.
+
+    Returns
+    -------
+    tuple of two ndarrays
+        As of `predict`.
+
+    Raises
+    ------
+    NumericalError
+        If a prediction is not finite.
+    """
     first, second = [], []
     for batch in loader:
         inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-        distribution = model.likelihood(model.network(inputs, latents))
+        distribution = distribution_of(inputs)
         if isinstance(distribution, torch.distributions.Categorical):
             first.append(distribution.probs)
         else:
             first.append(distribution.mean)
             second.append(distribution.stddev)
-    model.train(was_training)
     place = torch.tensor(list(loader.sampler)).argsort()
     found = [torch.cat(p).cpu()[place] if p else torch.empty(0) for p in (first, second)]
     if not all(torch.isfinite(part).all() for part in found):

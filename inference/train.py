@@ -239,14 +239,23 @@ def _optimizer(
     groups = parameter_groups(
         module, guide, optimisation.learning_rate, optimisation.gate_learning_rate
     )
-    warmup = max(1, round(0.06 * total_steps))
-
-    def warmed_up_then_linear(step: int) -> float:
-        return min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
-
+    decay = warmed_up_then_linear(total_steps)
     optimizer = AdamW(groups, weight_decay=0.0)  # the prior is the weight decay
-    return optimizer, LambdaLR(
-        optimizer, [warmed_up_then_linear, lambda step: 1.0, warmed_up_then_linear]
+    return optimizer, LambdaLR(optimizer, [decay, lambda step: 1.0, decay])
+
+
+def warmed_up_then_linear(total_steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: up over 6 % of the steps, then down to zero.
+
+    Examples
+    --------
+    >>> factor = warmed_up_then_linear(100)
+    >>> factor(0), factor(6), factor(53)
+    (0.16666666666666666, 1.0, 0.5)
+    """
+    warmup = max(1, round(0.06 * total_steps))
+    return lambda step: min(
+        (step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup)
     )
 
 

@@ -48,6 +48,17 @@ def test_a_subset_is_random_and_drawn_by_the_seed(custom):
     assert validation["text"][:] == [str(i) for i in range(200)]
 
 
+def test_a_part_of_the_training_set_is_held_out(custom):
+    examples = [{"text": str(i), "label": i % 2} for i in range(200)]
+    config = custom(examples, [{"text": "v", "label": 0}], max_train_examples=50, holdout_share=0.2)
+    _, train, held = load_task(config, seed=0)
+    texts, held_texts = set(train["text"]), set(held["text"])
+    assert (len(texts), len(held_texts)) == (40, 10)
+    assert not texts & held_texts
+    config.holdout_share = None
+    assert texts | held_texts == set(load_task(config, seed=0)[1]["text"])
+
+
 def test_classes_have_ids_by_the_sorted_training_labels(custom):
     config = custom(rows("spam", "ham", "spam", "eggs"), rows("spam", "eggs"))
     task, train, validation = load_task(config, seed=0)

@@ -20,6 +20,8 @@ def test_unknown_task(error_of):
     ("options", "says"),
     [
         ({"max_train_examples": 0}, "max_train_examples is 0"),
+        ({"holdout_share": 1.0}, "holdout_share is 1.0"),
+        ({"max_train_examples": 1, "holdout_share": 0.9}, "leaves 0 examples to train on"),
         ({"max_length": 7}, "max_length is 7"),
         ({"train_file": "t.csv"}, "give both"),
         ({"validation_file": "v.csv"}, "give both"),

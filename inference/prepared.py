@@ -1,0 +1,96 @@
+"""What every method trains on: task, backbone, batches and likelihood, as a configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from pyro.nn import PyroModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
+
+from bayes_lora.inference.backbone import Backbone, load_backbone
+from bayes_lora.inference.batches import evaluation_batches, training_batches
+from bayes_lora.inference.config import FinetuneConfig, data_seed
+from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.tasks import Task
+from bayes_lora.models.likelihoods import Classification, Regression
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data, backbone and likelihood of a run.
+
+    Attributes
+    ----------
+    task : Task
+        What the labels mean.
+    backbone : Backbone
+        Pretrained; nothing is frozen yet.
+    likelihood : PyroModule
+        From the network's output to the distribution of a label.
+    train, validation : Dataset
+        Tokenized.
+    batches, validation_batches : DataLoader
+        Of the one, shuffled; of the other, all examples.
+    collate : function
+        From a list of examples to a batch.
+    """
+
+    task: Task
+    backbone: Backbone
+    likelihood: PyroModule
+    train: Dataset
+    validation: Dataset
+    batches: DataLoader
+    validation_batches: DataLoader
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+
+    @property
+    def targets(self) -> Tensor:
+        """Labels of the training set, shape (N,)."""
+        return torch.tensor(self.train["labels"])
+
+    @property
+    def labels(self) -> NDArray[np.number]:
+        """Labels of the validation set, shape (examples,)."""
+        return np.asarray(torch.tensor(self.validation["labels"]).numpy())
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of so many passes over the training set, at least one."""
+        return max(1, round(epochs * len(self.batches)))
+
+
+def prepare(config: FinetuneConfig) -> Prepared:
+    """Load and tokenize the data, load the backbone, choose the likelihood.
+
+    Raises
+    ------
+    InputError
+        If data or backbone are not what they should be.
+    """
+    settings = config.training
+    task, *parts = load_task(config.data, data_seed(settings))
+    backbone = load_backbone(config.network.backbone, task.num_labels)
+    train, validation = (
+        tokenize(part, task, backbone.tokenizer, config.data.max_length) for part in parts
+    )
+    collate = DataCollatorWithPadding(backbone.tokenizer)
+    strategy = settings.train_sampling_strategy
+    targets = torch.tensor(train["labels"])
+    return Prepared(
+        task,
+        backbone,
+        Regression.of(targets) if task.is_regression else Classification(),
+        train,
+        validation,
+        training_batches(train, collate, settings.batch_size, strategy, settings.seed),
+        evaluation_batches(validation, collate),
+        collate,
+    )

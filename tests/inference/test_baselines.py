@@ -1,0 +1,144 @@
+"""Every baseline trains what it says, is as large as it says, and starts as the backbone."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.backbone import Backbone
+from bayes_lora.inference.baselines import BASELINES, ORTHOGONALITY, Setting, build
+from bayes_lora.inference.truncation import truncate
+
+
+@pytest.fixture
+def made(backbone, batch):
+    """Build a baseline of rank 3 on a tiny BERT, for so many steps."""
+
+    def make(method, steps=100):
+        setting = Setting(
+            Backbone(backbone(), None, ()), rank=3, alpha=6.0, target_modules="all-linear",
+            steps=steps, calibration=lambda: [batch],
+        )  # fmt: skip
+        return build(method, setting)
+
+    return make
+
+
+def trained(baseline):
+    return {n: p for n, p in baseline.network.named_parameters() if p.requires_grad}
+
+
+# per block: four 16 x 16 and two 16 x 24 matrices; two blocks; the head is 16 x 2 and 2
+HEAD = 16 * 2 + 2
+LINEAR = 2 * (4 * 16 * 16 + 2 * 16 * 24)
+LORA = 2 * 3 * (4 * 32 + 2 * 40)
+FULL_RANK = LINEAR + LORA + 2 * 6 * 3  # with e
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "macs"),
+    [
+        ("lora", LORA, LORA),
+        # one bottleneck a block of 1248 / 64 -> 20 units, or two of 10, and their bias
+        ("pfeiffer", 2 * (2 * 16 * 20 + 20 + 16), 2 * 2 * 16 * 20),
+        ("houlsby", 4 * (2 * 16 * 10 + 10 + 16), 4 * 2 * 16 * 10),
+        ("bitfit", 16 + 2 * (5 * 16 + 24 + 2 * 16) + 16, 0),
+    ],
+)
+def test_sizes_by_hand(method, parameters, macs, made):
+    baseline = made(method)
+    names = trained(baseline)
+    assert sum(p.numel() for p in names.values()) == parameters + HEAD
+    assert baseline.relative_bops() == pytest.approx((LINEAR + macs) / FULL_RANK)
+
+
+def test_full_fine_tuning_trains_everything(made):
+    baseline = made("full")
+    assert all(p.requires_grad for p in baseline.network.parameters())
+    assert baseline.relative_bops() == pytest.approx(LINEAR / FULL_RANK)
+
+
+@pytest.mark.parametrize("method", sorted(BASELINES))
+def test_it_starts_as_the_backbone_and_every_trained_parameter_has_a_gradient(
+    method, made, backbone, batch
+):
+    baseline = made(method)
+    baseline.network.eval()
+    logits = baseline.network(**batch).logits
+    torch.testing.assert_close(logits, backbone().eval()(**batch).logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():  # off the start, where half of every adapter has no gradient
+        for parameter in trained(baseline).values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    baseline.network(**batch).logits[:, 0].sum().backward()
+    grads = {n: p.grad for n, p in trained(baseline).items()}
+    if method in ("full", "bitfit"):  # softmax does not feel a shift of all keys
+        grads = {n: g for n, g in grads.items() if "key.bias" not in n}
+        grads = {n: g for n, g in grads.items() if "embeddings" not in n}
+    assert [n for n, g in grads.items() if g is None or not g.any()] == []
+
+
+def test_adalora_ends_with_the_ranks_of_its_budget(made, batch):
+    baseline = made("adalora", steps=40)
+    optimizer = torch.optim.Adam(trained(baseline).values(), 0.01)
+    labels = torch.arange(len(batch["input_ids"])) % 2
+    for step in range(40):
+        logits = baseline.network(**batch).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels) + baseline.penalty()
+        loss.backward()
+        optimizer.step()
+        baseline.after_step(step)
+        optimizer.zero_grad()
+    ranks = baseline.ranks()
+    assert sum(ranks) == 12 * 3  # of 12 layers; it began with ranks of 4 or 5
+    assert len(set(ranks)) > 1
+    sizes = [16 + 1 + 16] * 4 + [16 + 1 + 24] * 2
+    macs = sum(r * n for r, n in zip(ranks, 2 * sizes, strict=True))
+    assert baseline.relative_bops() == pytest.approx((LINEAR + macs) / FULL_RANK)
+
+
+def test_adaloras_penalty_is_the_one_that_peft_adds_to_its_loss(made, batch):
+    baseline = made("adalora")
+    labels = torch.arange(len(batch["input_ids"])) % 2
+    inner = baseline.network.eval().base_model
+    inner.peft_config["default"].orth_reg_weight = ORTHOGONALITY
+    output = inner(**batch, labels=labels)
+    likelihood = torch.nn.functional.cross_entropy(output.logits, labels)
+    torch.testing.assert_close(likelihood + baseline.penalty(), output.loss)
+
+
+def test_adalora_needs_steps_to_prune_in(made):
+    with pytest.raises(InputError, match="cannot prune within 1 steps"):
+        made("adalora", steps=1)
+
+
+def test_uniform_bits_begin_after_a_quarter_of_the_steps(made, batch):
+    baseline = made("lora_4bit", steps=8)
+    baseline.network.eval()
+    before = baseline.network(**batch).logits
+    baseline.after_step(0)
+    torch.testing.assert_close(baseline.network(**batch).logits, before)
+    baseline.after_step(1)
+    assert (baseline.network(**batch).logits - before).abs().max() > 0.01
+    assert baseline.relative_bops() == pytest.approx(1 / 64)
+    assert baseline.bits == 4
+
+
+def test_truncation_keeps_the_largest_singular_values_of_all_layers(backbone):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "intermediate.dense"])
+    network = get_peft_model(backbone(), config)
+    layers = [m for m in network.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
+    scale = [3.0, 1.0, 0.1, 2.0]
+    for layer, size in zip(layers, scale, strict=True):
+        for part in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(part["default"].weight, std=size)
+    before = [layer.get_delta_weight("default").detach().clone() for layer in layers]
+    ranks = list(truncate(network, 5 * 36.0).values())
+    after = [layer.get_delta_weight("default").detach() for layer in layers]
+    values = [torch.linalg.svdvals(delta)[:4] for delta in before]
+    kept = torch.cat(values).sort(descending=True).values[: sum(ranks)].min()
+    assert 4 <= sum(ranks) <= 6  # components have 32 or 40 entries
+    for rank, delta, whole, singular in zip(ranks, after, before, values, strict=True):
+        assert rank == int((singular >= kept * (1 - 1e-5)).sum())
+        u, s, vh = torch.linalg.svd(whole)
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        torch.testing.assert_close(delta, best, atol=1e-4, rtol=1e-4)
