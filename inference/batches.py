@@ -61,6 +61,17 @@ def evaluation_batches(
     return DataLoader(data, batch_size=batch_size, sampler=order, collate_fn=collate)
 
 
+def calibration_batches(loader: DataLoader) -> DataLoader:
+    """Batches of the same data, drawn, for a file may be sorted, and the same ones every time.
+
+    To look at them leaves the order of `loader` as it is.
+    """
+    return DataLoader(
+        loader.dataset, loader.batch_size, shuffle=True, collate_fn=loader.collate_fn,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+
+
 def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
     """Batches of pass after pass, each shuffled anew if the loader shuffles."""
     while True:

@@ -26,10 +26,17 @@ def _costs(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.compare import run
+
+    run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": _finetune,
     "diagnose": _diagnose,
     "costs": _costs,
+    "compare": _compare,
 }
 
 USAGE = """usage: bayes-lora COMMAND [--help] ...
@@ -37,7 +44,8 @@ USAGE = """usage: bayes-lora COMMAND [--help] ...
 commands:
   finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI
   diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html
-  costs      what a network of any size would cost, from its configuration alone"""
+  costs      what a network of any size would cost, from its configuration alone
+  compare    methods, tasks and seeds: LoRA, AdaLoRA and others beside Bayesian LoRA"""
 
 
 def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

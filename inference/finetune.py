@@ -29,7 +29,7 @@ import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
-from bayes_lora.costs import relative_bops, tensor_bits
+from bayes_lora.costs import adapter_bytes, adapter_parameters, relative_bops, tensor_bits
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
@@ -207,6 +207,9 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         **unsettled,
         **end,
         **size(model.network, gates),
+        "trainable_parameters": sum(
+            p.numel() for part in (model, guide) for p in part.parameters() if p.requires_grad
+        ),
         "seconds": time.monotonic() - started,
     }
     if model.gated:
@@ -239,13 +242,15 @@ def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:
 
 
 def size(network: AdaptedNetwork, gates: Gates) -> dict[str, float]:
-    """Relative bit operations, mean rank, and mean bits by tensor kind, over the layers."""
+    """Bit operations, adapter entries and bytes in all; mean rank and bits over the layers."""
     rank = float(network.rank)
     if gates.rank_gate is not None:
         rank = float(network.structure(gates.rank_gate).sum(-1).mean())
     return {
         "relative_bops_32": float(relative_bops(network, *gates)),
         "relative_bops_16": float(relative_bops(network, *gates, reference_bits=16)),
+        "adapter_parameters": float(adapter_parameters(network, gates.rank_gate).sum()),
+        "adapter_bytes": float(adapter_bytes(network, *gates).sum()),
         "mean_rank": rank,
         **{
             f"mean_bits_{tensor}": float(bits.mean())
@@ -265,13 +270,18 @@ def prior_predictive(config: FinetuneConfig) -> str:
     return prior_table(model.network, quantities(model.network, gates, PRIOR_DRAWS))
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
-    """Fine-tune as the command line says, and print table and metrics."""
+def quiet() -> None:
+    """Leave to the libraries' messages only what a user of a command can do something about."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Encountered NaN")  # reported as an error, once
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Fine-tune as the command line says, and print table and metrics."""
+    quiet()
     config = parse(arguments)
     if config.posterior.prior_predictive:
         print(prior_predictive(config))

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.errors import NumericalError
-from bayes_lora.inference.batches import forever
+from bayes_lora.inference.batches import calibration_batches, forever
 from bayes_lora.inference.elbo import TermwiseELBO
 from bayes_lora.inference.phases import Phase
 from bayes_lora.models.guides import GateGuide
@@ -126,10 +126,7 @@ def fit(
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
     optimizer, scheduler = _optimizer(module, guide, optimisation, total_steps)
-    some = DataLoader(  # drawn, for a file may be sorted; the same ones every time
-        loader.dataset, loader.batch_size, shuffle=True, collate_fn=loader.collate_fn,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    some = calibration_batches(loader)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = forever(loader)
     fixed: Gates | None = Gates()

@@ -1,0 +1,146 @@
+"""The comparison on a tiny model: cells, choice of a rate, resumption, tables."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from bayes_lora.inference import compare
+from bayes_lora.inference.cli import main
+from bayes_lora.inference.comparison import Cell, collect, markdown, plot_comparison, table
+
+
+@pytest.fixture
+def run_compare(small_run, tmp_path, capsys, few_draws, monkeypatch):
+    """Run `bayes-lora compare`, the cells in this process; returns exit code and outputs."""
+
+    def here(method, words, folder):
+        found = compare.finished(folder)
+        if found is None:
+            compare.train_cell(method, words, folder)
+            found = compare.finished(folder)
+        return found
+
+    monkeypatch.setattr(compare, "in_a_process", here)
+
+    def run(*words, **changes):
+        options = small_run | {"rank": 3, "batch_size": 20, "draws": 2, "epochs": 2} | changes
+        arguments = [f for name, value in options.items() for f in (f"--{name}", str(value))]
+        code = main(["compare", *words, "--output_dir", str(tmp_path / "out"), *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_method_fills_its_cell(run_compare, tmp_path):
+    words = ["--tasks", "custom", "--seeds", "3", "--learning_rates", "1e-3"]
+    code, out, err = run_compare(*words, "--methods", *compare.METHODS)
+    assert code == 0, err
+    cells = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
+    assert set(cells.index) == set(compare.METHODS)
+    assert cells[["score", "nll", "ece", "seconds", "peak_memory_mb"]].notna().all().all()
+    shares = cells["relative_bops_32"]
+    assert shares["lora_8bit"] == pytest.approx(1 / 16)
+    assert shares["lora_4bit"] == pytest.approx(1 / 64)
+    assert shares["full"] < shares["lora_svd"] <= shares["lora"] < 1.001
+    assert cells["mean_rank"]["adalora"] == 3
+    # no larger than qr, and no component more would fit
+    folder = tmp_path / "out" / "custom"
+    size = json.loads((folder / "qr" / "seed-3" / "metrics.json").read_text())
+    assert cells["mean_rank"]["lora_svd"] * 12 * 32 <= size["adapter_parameters"]
+    assert all(method in out for method in compare.METHODS)
+
+
+@pytest.mark.slow
+def test_the_rate_is_chosen_without_the_validation_set_and_cells_are_kept(
+    run_compare, tmp_path, monkeypatch
+):
+    words = ["--tasks", "custom", "--methods", "lora", "--seeds", "0", "1"]
+    trials = []
+    train = compare.train_cell
+
+    def spy(method, given, folder):
+        trials.append(folder.name)
+        assert ("--holdout_share" in given) == folder.name.startswith("rate")
+        train(method, given, folder)
+
+    monkeypatch.setattr(compare, "train_cell", spy)
+    code, _, err = run_compare(*words, "--learning_rates", "1e-3", "1e-5", max_train_examples=60)
+    assert code == 0, err
+    assert trials == ["rate-0.001", "rate-1e-05", "seed-0", "seed-1"]
+    folder = tmp_path / "out" / "custom" / "lora"
+    found = {
+        rate: json.loads((folder / f"rate-{rate:g}" / "metrics.json").read_text())
+        for rate in (1e-3, 1e-5)
+    }
+    best = max(found, key=lambda rate: (found[rate]["score"], -found[rate]["nll"]))
+    cells = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert cells["learning_rate"].tolist() == [best, best]
+    (folder / "seed-1" / "metrics.json").unlink()
+    run_compare(*words, "--learning_rates", "1e-3", "1e-5", max_train_examples=60)
+    assert trials[4:] == ["seed-1"]
+    again = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    same = ["score", "nll", "ece"]
+    pd.testing.assert_frame_equal(cells[same], again[same])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "lora"], "--tasks"),
+        (["--tasks", "nosuch"], "a named task"),
+        (["--tasks", "custom", "--methods", "qrs"], "invalid choice: 'qrs'"),
+        (["--tasks", "custom", "--methods", "lora_svd", "qr"], "name both"),
+        (["--tasks", "custom", "--price", "-1"], "price is -1"),
+        (["--tasks", "custom", "--prize", "1"], "unrecognized arguments: --prize"),
+    ],
+)
+def test_errors_are_one_line_before_anything_is_trained(words, said, run_compare, tmp_path):
+    code, _, err = run_compare(*words)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def cells_of(**scores):
+    return collect(
+        [
+            Cell(task, method, seed, {"score": score, "relative_bops_32": share})
+            for (method, share), (task, values) in (
+                ((m, 1.0 if m == "lora" else 0.05), item)
+                for m, tasks in scores.items()
+                for item in tasks.items()
+            )
+            for seed, score in enumerate(values)
+        ]
+    )
+
+
+def test_the_table_has_means_deviations_and_a_paired_test():
+    lora, ours = [0.80, 0.81, 0.85], [0.79, 0.83, 0.86]
+    rows = table(cells_of(lora={"a": lora}, qr={"a": ours})).set_index("method")
+    assert rows["score"]["qr"] == f"{np.mean(ours):.3f} ± {np.std(ours, ddof=1):.3f}"
+    assert rows["p"]["qr"] == f"{stats.ttest_rel(ours, lora).pvalue:.2f}"
+    assert rows["p"]["lora"] == rows["NLL, nats"]["qr"] == ""
+    assert rows["BOPs of 32 x 32"]["qr"] == "5.0% ± 0.0%"
+    assert (
+        markdown(table(cells_of(lora={"a": [0.5]})))
+        .splitlines()[2]
+        .startswith("| a | lora | 0.500")
+    )
+
+
+def test_the_mean_over_tasks_is_of_methods_that_have_all():
+    rows = table(cells_of(lora={"a": [0.8, 0.9], "b": [0.4, 0.6]}, qr={"a": [0.7, 0.7]}))
+    means = rows[rows["task"] == "mean"].set_index("method")["score"]
+    assert means.to_dict() == {"lora": f"0.675 ± {np.std([0.6, 0.75], ddof=1):.3f}"}
+
+
+def test_the_picture_has_a_panel_a_task():
+    figure = plot_comparison(cells_of(lora={"a": [0.8], "b": [0.5]}, qr={"a": [0.7, 0.8]}))
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
