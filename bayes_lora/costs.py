@@ -182,6 +182,31 @@ def relative_bops(
     return (used + rest) / (full + network.frozen_macs * reference_bits**2)
 
 
+def totals(
+    network: AdaptedNetwork, rank_gate: Tensor | None = None, bit_gate: Tensor | None = None
+) -> dict[str, float]:
+    """Costs of the whole network, and its mean rank and bits.
+
+    Parameters are those of `bit_operations`.
+
+    Returns
+    -------
+    dict of str to float
+        `relative_bops_32` and `relative_bops_16`, shares of the bit operations at 32 x 32 and at
+        16 x 16 bits; `adapter_parameters`; `adapter_bytes`; over the layers, `mean_rank` and
+        `mean_bits_<tensor>`.
+    """
+    bits = tensor_bits(network, bit_gate)
+    return {
+        "relative_bops_32": float(relative_bops(network, rank_gate, bit_gate)),
+        "relative_bops_16": float(relative_bops(network, rank_gate, bit_gate, reference_bits=16)),
+        "adapter_parameters": float(adapter_parameters(network, rank_gate).sum()),
+        "adapter_bytes": float(adapter_bytes(network, rank_gate, bit_gate).sum()),
+        "mean_rank": float(_rank(network, rank_gate).mean()),
+        **{f"mean_bits_{tensor}": float(b.mean()) for tensor, b in bits.items()},
+    }
+
+
 def _device(*gates: Tensor | None) -> torch.device:
     """Where the gates are; that of the network does not matter, it may be meta."""
     return next((gate.device for gate in gates if gate is not None), torch.device("cpu"))

@@ -66,7 +66,7 @@ class PosteriorConfig:
         None, "nats that all bit operations are worth; default: as in models/priors.py"
     )
     target_bops: float | None = _option(
-        None, "share of 32-bit operations to meet in expectation; the price is then found"
+        None, "share of 32-bit operations for the decision to take; the price is then found"
     )
     refine_epochs: float = _option(
         0.0,

@@ -29,11 +29,12 @@ import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
-from bayes_lora.costs import adapter_bytes, adapter_parameters, relative_bops, tensor_bits
+from bayes_lora.costs import totals
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import forever, training_batches
+from bayes_lora.inference.budget import TOLERANCE, meet_budget
 from bayes_lora.inference.bundle import combine, quantities, read_bundle, write_bundle
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
@@ -58,7 +59,6 @@ from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import Priors
-from bayes_lora.network import AdaptedNetwork
 
 DIAGNOSIS = ("diagnosis.json", "report.html")  # of `bayes-lora diagnose`: an old one must go
 OUTPUTS = (
@@ -168,6 +168,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
             )
             with accelerator.autocast():
                 refine_guide(model, guide, batches, iterations, DRAWS, on_iteration=history.refined)
+        meet_budget(model, guide)
         gates = guide.decision()
         prediction = predict(model, guide, data.validation_batches, gates)
         unsettled["score_before_settling"] = evaluate_predictions(task, *prediction, labels)[
@@ -186,10 +187,12 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
             write_tensors(folder / "head.safetensors", trained_state(model))
 
     end = history.last(len(data.batches))
-    if budget is not None and end["expected_bops"] > 1.05 * budget:
+    decided = totals(model.network, *gates)
+    share = decided["relative_bops_32"]
+    if budget is not None and abs(share / budget - 1) > TOLERANCE:
         warnings.warn(
-            f"expected bit operations are {end['expected_bops']:.2%}, above the {budget:.2%} asked "
-            "for: the price had too few joint steps; give more --epochs or --joint_share",
+            f"the decision takes {share:.2%} of all bit operations, not the {budget:.2%} wanted: "
+            f"the data ask for {'no more' if share < budget else 'more'} at any price in reach",
             stacklevel=2,
         )
     reached = -end["log_likelihood"] / len(train)
@@ -206,7 +209,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         ),
         **unsettled,
         **end,
-        **size(model.network, gates),
+        **decided,
         "trainable_parameters": sum(
             p.numel() for part in (model, guide) for p in part.parameters() if p.requires_grad
         ),
@@ -238,24 +241,6 @@ def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:
         name: buffer
         for name, buffer in model.named_buffers()
         if name.endswith("_limits") or name.startswith("likelihood.")
-    }
-
-
-def size(network: AdaptedNetwork, gates: Gates) -> dict[str, float]:
-    """Bit operations, adapter entries and bytes in all; mean rank and bits over the layers."""
-    rank = float(network.rank)
-    if gates.rank_gate is not None:
-        rank = float(network.structure(gates.rank_gate).sum(-1).mean())
-    return {
-        "relative_bops_32": float(relative_bops(network, *gates)),
-        "relative_bops_16": float(relative_bops(network, *gates, reference_bits=16)),
-        "adapter_parameters": float(adapter_parameters(network, gates.rank_gate).sum()),
-        "adapter_bytes": float(adapter_bytes(network, *gates).sum()),
-        "mean_rank": rank,
-        **{
-            f"mean_bits_{tensor}": float(bits.mean())
-            for tensor, bits in tensor_bits(network, gates.bit_gate).items()
-        },
     }
 
 

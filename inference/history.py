@@ -17,7 +17,7 @@ from bayes_lora.models.model import BayesianLoRA, Gates
 
 COLUMNS = (
     "step", "phase", "kl_weight", "loss", "log_likelihood", *KL_TERMS, "energy",
-    "price", "expected_bops", "mean_open_rank", "mean_open_bits",
+    "price", "expected_bops", "decided_bops", "mean_open_rank", "mean_open_bits",
 )  # fmt: skip
 
 
@@ -93,15 +93,17 @@ class History:
         """Terms of the ELBO at the end, nats.
 
         The log likelihood is the mean of the last `steps`, as far as they are of one phase, with
-        dropout; the others are those of the last step that had them.
+        dropout; the other terms are those of the last step that had them. Price and bit
+        operations are those of model and guide as they are.
         """
         size, final = self.model.num_examples, self.records[-1]
         last = [record for record in self.records[-steps:] if record["phase"] == final["phase"]]
         ends = [float(record["log_likelihood"]) for record in last]
         latest = {k: v for record in self.records for k, v in record.items()}
-        gates = ("price", "expected_bops") if self.model.gated else ()
+        gates = record_step(0, "", 1.0, 0.0, {}, self.model, self.guide)
+        kept = ("price", "expected_bops") if self.model.gated else ()
         return {
             "log_likelihood": sum(ends) / len(ends) * size,
             **{k: float(latest[k]) * size for k in (*KL_TERMS, "energy") if k in latest},
-            **{k: float(final[k]) for k in gates},
+            **{k: float(gates[k]) for k in kept},
         }

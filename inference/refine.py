@@ -110,7 +110,7 @@ def refine_guide(
         terms |= {f"kl_{name}": float(divergence(gates)[0]) for name, gates in sets.items()}
         on_iteration({"log_likelihood": log_likelihood} | terms)
         if isinstance(model.priors.gates, GibbsGates):
-            share = float(relative_bops(network, *gates_of(probs)))
+            share = float(relative_bops(network, *guide.decision()))
             model.priors.gates.ascend(share, min(PRICE_TRAVEL / iterations, 1.0))
 
     ascend(log_likelihood, log_factor, list(sets.values()), iterations, draws, on_iteration=report)

@@ -105,7 +105,8 @@ def fit(
         Places and prepares everything.
     on_step : function
         Called with one record a step: step, phase, kl_weight, every ELBO term in nats per
-        example, price, expected share of bit operations, mean open probabilities.
+        example, price, share of bit operations in expectation and of the decision, mean open
+        probabilities.
     decide : function, optional
         Called once, when the gates have been sampled, for the gates to settle at; default: the
         guide's decision.
@@ -177,7 +178,7 @@ def fit(
                 # not before: while the KL weight rises, the price has only part of its effect
                 if phase.name == "joint" and isinstance(model.priors.gates, GibbsGates):
                     rate = min(PRICE_TRAVEL / phase.steps, 1.0)
-                    model.priors.gates.ascend(float(record["expected_bops"]), rate)
+                    model.priors.gates.ascend(float(record["decided_bops"]), rate)
                 on_step(record)
                 progress.set_postfix_str(_summary(record), refresh=False)
                 progress.update()
@@ -271,6 +272,7 @@ def record_step(
     probabilities = guide.open_probabilities()
     record["price"] = getattr(model.priors.gates, "price", 0.0)
     record["expected_bops"] = float(relative_bops(model.network, *probabilities))
+    record["decided_bops"] = float(relative_bops(model.network, *guide.decision()))
     for name, probability in zip(("mean_open_rank", "mean_open_bits"), probabilities, strict=True):
         record[name] = 1.0 if probability is None else float(probability.mean())
     return record

@@ -154,8 +154,8 @@ class GibbsGates(IndependentGates):
     price : float
         Nats for the bit operations of the whole network at 32 x 32 bits, >= 0.
     budget : float or None
-        Share of those bit operations that the expectation must not exceed. `bayes-lora finetune`
-        then calls `ascend` after every joint step; a training loop of your own must do so too.
+        Share of those bit operations that the decision is to take. `bayes-lora finetune` then
+        calls `ascend` after every joint step; a training loop of your own must do so too.
     """
 
     price: float = 1000.0
@@ -172,18 +172,18 @@ class GibbsGates(IndependentGates):
         """Minus price times the share of bit operations, shape (), in nats."""
         return -self.price * relative_bops(network, rank_gate, bit_gate)
 
-    def ascend(self, expected_share: float, rate: float) -> None:
+    def ascend(self, share: float, rate: float) -> None:
         """Take one step of dual ascent, in the log of the price; nothing without a budget.
 
         Parameters
         ----------
-        expected_share : float
-            Expected relative bit operations under the guide.
+        share : float
+            Relative bit operations of the guide's decision.
         rate : float
-            Step size; the price changes by the factor (expected / budget)^rate.
+            Step size; the price changes by the factor (share / budget)^rate.
         """
         if self.budget is not None:
-            step = rate * math.log(expected_share / self.budget)
+            step = rate * math.log(share / self.budget)
             self.price *= math.exp(min(max(step, -rate), rate))
 
 

@@ -1,5 +1,6 @@
 """The main job from end to end: what a run leaves, repeats, and learns."""
 
+import itertools
 import json
 import warnings
 
@@ -159,14 +160,18 @@ def test_a_high_price_buys_fewer_bits(command, tmp_path):
     assert share[3000] < 0.5 * share[0]
 
 
-def test_a_budget_is_approached_by_its_price(command, tmp_path, read_history):
-    code, _, err = command(target_bops=0.007, epochs=20, gate_learning_rate=0.5)
+def test_a_budget_moves_the_price_and_is_met_by_the_decision(command, tmp_path, read_history):
+    code, _, err = command(target_bops=0.005, epochs=20, gate_learning_rate=0.5)
     assert code == 0, err
-    sampled = [r for r in read_history(tmp_path / "run") if r["phase"] == "joint"]
-    assert len({row["price"] for row in sampled}) > 1
-    shares = [float(row["expected_bops"]) for row in sampled]
-    assert shares[0] > 1.5 * 0.007
-    assert shares[-1] == pytest.approx(0.007, rel=0.2)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["relative_bops_32"] == pytest.approx(0.005, rel=0.05)
+    rows = read_history(tmp_path / "run")
+    joint = [row for row in rows if row["phase"] == "joint"]
+    for now, after in itertools.pairwise(joint):
+        too_much = float(now["decided_bops"]) > 0.005
+        assert (float(after["price"]) > float(now["price"])) == too_much
+    settled = {float(row["price"]) for row in rows if row["phase"] == "settle"}
+    assert settled == {metrics["price"]}
 
 
 def test_a_run_too_short_to_settle_is_decided_and_reported_all_the_same(command, tmp_path):

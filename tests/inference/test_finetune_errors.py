@@ -133,8 +133,8 @@ def test_predictions_that_are_not_finite_are_one_line(command, monkeypatch):
 
 
 def test_a_budget_that_was_missed_is_said(command):
-    with pytest.warns(UserWarning, match=r"above the 5\.00% asked for"):
-        assert command(target_bops=0.05, epochs=1)[0] == 0
+    with pytest.warns(UserWarning, match=r"not the 90\.00% wanted: the data ask for no more"):
+        assert command(target_bops=0.9, epochs=1)[0] == 0
 
 
 @pytest.mark.parametrize(

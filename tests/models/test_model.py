@@ -210,13 +210,13 @@ def test_gibbs_factor_is_price_times_share_and_a_budget_moves_the_price(network)
     half = torch.full(network.bit_gate_shape, 0.5)
     share = relative_bops(network, None, half)
     torch.testing.assert_close(prior.log_factor(network, None, half), -200 * share)
-    prior.ascend(expected_share=0.10, rate=0.05)
+    prior.ascend(share=0.10, rate=0.05)
     assert prior.price > 200
     for _ in range(3):
-        prior.ascend(expected_share=0.01, rate=0.05)
+        prior.ascend(share=0.01, rate=0.05)
     assert prior.price < 200
     fixed = GibbsGates(price=200.0)
-    fixed.ascend(expected_share=0.9, rate=0.05)
+    fixed.ascend(share=0.9, rate=0.05)
     assert fixed.price == 200
 
 
