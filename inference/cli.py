@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from bayes_lora.errors import InputError, NumericalError
 
@@ -26,6 +28,12 @@ def _costs(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _frontier(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.frontier import run
+
+    run(arguments)
+
+
 def _compare(arguments: Sequence[str]) -> None:
     from bayes_lora.inference.compare import run
 
@@ -36,6 +44,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": _finetune,
     "diagnose": _diagnose,
     "costs": _costs,
+    "frontier": _frontier,
     "compare": _compare,
 }
 
@@ -45,7 +54,16 @@ commands:
   finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI
   diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html
   costs      what a network of any size would cost, from its configuration alone
+  frontier   score against bit operations, over several prices
   compare    methods, tasks and seeds: LoRA, AdaLoRA and others beside Bayesian LoRA"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are of wrong input, as any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise an InputError."""
+        raise InputError(message)
 
 
 def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:

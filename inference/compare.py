@@ -11,27 +11,18 @@ comparison.csv, .md and .png all cells so far. Other options are those of `finet
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import multiprocessing
-import resource
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NoReturn
-
-import torch
 
 from bayes_lora.errors import InputError
-from bayes_lora.inference.cli import report_errors
+from bayes_lora.inference.cells import GATED, in_a_process
+from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.comparison import Cell, collect, markdown, plot_comparison, table
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.files import write_figure, write_text
-from bayes_lora.inference.finetune import finetune, quiet
 
-GATED = ("r", "q", "qr")
 METHODS = (
     "full", "bitfit", "houlsby", "pfeiffer", "lora", "adalora", "lora_8bit", "lora_4bit", *GATED,
     "lora_svd",
@@ -39,50 +30,6 @@ METHODS = (
 GRIDS = {"full": (2e-5, 5e-5, 1e-4)}
 GRID = (3e-4, 1e-3, 3e-3)  # of all that train few weights
 HOLDOUT = 0.2
-
-
-def train_cell(method: str, words: Sequence[str], folder: Path) -> None:
-    """Train one cell, in this process; its metrics also say how much memory it took."""
-    quiet()
-    config = parse([*words, "--output_dir", str(folder), "--overwrite"])
-    if method in GATED:
-        config.posterior.method = method  # type: ignore[assignment]
-        metrics = finetune(config)
-    else:
-        from bayes_lora.inference.train_baseline import train_baseline, truncated_lora
-
-        if method == "lora_svd":
-            metrics = truncated_lora(config, folder.parents[1])
-        else:
-            metrics = train_baseline(method, config)
-    if torch.cuda.is_available():
-        metrics["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        metrics["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    metrics["learning_rate"] = config.training.learning_rate
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-
-
-def finished(folder: Path) -> dict[str, float] | None:
-    """Metrics of a cell, or None if it is not trained, or not to its end."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return metrics if "peak_memory_mb" in metrics else None
-
-
-def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, float]:
-    """Metrics of a cell, trained now unless it is finished."""
-    found = finished(folder)
-    if found is None:
-        print(f"{folder}", file=sys.stderr)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            pool.submit(train_cell, method, words, folder).result()
-        found = finished(folder)
-    assert found is not None
-    return found
 
 
 def best_rate(method: str, words: Sequence[str], folder: Path, rates: Sequence[float]) -> float:
@@ -100,14 +47,9 @@ def best_rate(method: str, words: Sequence[str], folder: Path, rates: Sequence[f
     return max(rates, key=lambda rate: (trials[rate]["score"], -trials[rate]["nll"]))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def run(arguments: Sequence[str] | None = None) -> None:
     """Train all cells that the command line names, and write the tables."""
-    parser = _Parser(
+    parser = Parser(
         prog="bayes-lora compare",
         description="Compare methods; other options are those of bayes-lora finetune.",
         allow_abbrev=False,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -28,7 +27,7 @@ from bayes_lora.costs import (
 from bayes_lora.errors import InputError
 from bayes_lora.gates import level_bits
 from bayes_lora.inference.backbone import default_backbone
-from bayes_lora.inference.cli import report_errors
+from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.files import write_text
 from bayes_lora.layers import TENSORS
 from bayes_lora.network import AdaptedNetwork
@@ -179,14 +178,9 @@ def text(name: str, network: AdaptedNetwork, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def run(arguments: Sequence[str] | None = None) -> None:
     """Print the costs of the network that the command line describes, and write them as JSON."""
-    parser = _Parser(
+    parser = Parser(
         prog="bayes-lora costs", description="Costs of an adapted network.", allow_abbrev=False
     )
     parser.add_argument("--backbone", help="name on the hub, folder, or config.json")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bayes_lora.errors import InputError
-from bayes_lora.inference import posterior
+from bayes_lora.inference import cells, compare, frontier, posterior
 from bayes_lora.inference.agreement import generate
 from bayes_lora.inference.bundle import Draws, bundle
 from bayes_lora.inference.cli import main
@@ -157,6 +157,21 @@ def command(small_run, tmp_path, capsys, few_draws):
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def cells_here(monkeypatch):
+    """Train the cells of a comparison in this process."""
+
+    def here(method, words, folder):
+        found = cells.finished(method, words, folder)
+        if found is None:
+            cells.train_cell(method, words, folder)
+            found = cells.finished(method, words, folder)
+        return found
+
+    for command in (compare, frontier):
+        monkeypatch.setattr(command, "in_a_process", here)
 
 
 @pytest.fixture

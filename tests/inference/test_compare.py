@@ -7,23 +7,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bayes_lora.inference import compare
+from bayes_lora.inference import cells, compare
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.comparison import Cell, collect, markdown, plot_comparison, table
 
 
 @pytest.fixture
-def run_compare(small_run, tmp_path, capsys, few_draws, monkeypatch):
+def run_compare(small_run, tmp_path, capsys, few_draws, cells_here):
     """Run `bayes-lora compare`, the cells in this process; returns exit code and outputs."""
-
-    def here(method, words, folder):
-        found = compare.finished(folder)
-        if found is None:
-            compare.train_cell(method, words, folder)
-            found = compare.finished(folder)
-        return found
-
-    monkeypatch.setattr(compare, "in_a_process", here)
 
     def run(*words, **changes):
         options = small_run | {"rank": 3, "batch_size": 20, "draws": 2, "epochs": 2} | changes
@@ -61,14 +52,14 @@ def test_the_rate_is_chosen_without_the_validation_set_and_cells_are_kept(
 ):
     words = ["--tasks", "custom", "--methods", "lora", "--seeds", "0", "1"]
     trials = []
-    train = compare.train_cell
+    train = cells.train_cell
 
     def spy(method, given, folder):
         trials.append(folder.name)
         assert ("--holdout_share" in given) == folder.name.startswith("rate")
         train(method, given, folder)
 
-    monkeypatch.setattr(compare, "train_cell", spy)
+    monkeypatch.setattr(cells, "train_cell", spy)
     code, _, err = run_compare(*words, "--learning_rates", "1e-3", "1e-5", max_train_examples=60)
     assert code == 0, err
     assert trials == ["rate-0.001", "rate-1e-05", "seed-0", "seed-1"]
@@ -78,14 +69,18 @@ def test_the_rate_is_chosen_without_the_validation_set_and_cells_are_kept(
         for rate in (1e-3, 1e-5)
     }
     best = max(found, key=lambda rate: (found[rate]["score"], -found[rate]["nll"]))
-    cells = pd.read_csv(tmp_path / "out" / "comparison.csv")
-    assert cells["learning_rate"].tolist() == [best, best]
+    listed = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert listed["learning_rate"].tolist() == [best, best]
     (folder / "seed-1" / "metrics.json").unlink()
     run_compare(*words, "--learning_rates", "1e-3", "1e-5", max_train_examples=60)
     assert trials[4:] == ["seed-1"]
     again = pd.read_csv(tmp_path / "out" / "comparison.csv")
     same = ["score", "nll", "ece"]
-    pd.testing.assert_frame_equal(cells[same], again[same])
+    pd.testing.assert_frame_equal(listed[same], again[same])
+    # the same cell with other options is no longer that cell
+    code, _, err = run_compare(*words, "--learning_rates", "1e-3", "1e-5", max_train_examples=50)
+    assert code == 2
+    assert "was trained with other options" in err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""One training among several: in a process of its own, and kept once it is finished.
+
+The folder of a cell is that of a run, and holds cell.json besides: method and options, by which a
+cell that was trained otherwise is told. A process of its own has a peak memory of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.config import FinetuneConfig, parse
+from bayes_lora.inference.files import write_text
+from bayes_lora.inference.finetune import finetune, quiet
+
+GATED = ("r", "q", "qr")
+
+
+def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, float]:
+    """Metrics of a cell, trained now unless it is finished.
+
+    Parameters
+    ----------
+    method : str
+        One of `GATED`, or a baseline.
+    words : sequence of str
+        Options of `bayes-lora finetune`, without the output folder.
+    folder : Path
+        Of the cell.
+
+    Returns
+    -------
+    dict of str to float
+        What its `metrics.json` holds: also `peak_memory_mb` and `learning_rate`.
+
+    Raises
+    ------
+    InputError
+        If the cell is there, but was trained with other options; or if training refuses them.
+    NumericalError
+        If training leaves the finite numbers.
+    """
+    found = finished(method, words, folder)
+    if found is None:
+        print(f"{folder}", file=sys.stderr)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            pool.submit(train_cell, method, words, folder).result()
+        found = finished(method, words, folder)
+    assert found is not None
+    return found
+
+
+def finished(method: str, words: Sequence[str], folder: Path) -> dict[str, float] | None:
+    """Metrics of a cell, or None if it is not trained, or not to its end."""
+    try:
+        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if cell["method"] != method or _config(cell["options"], folder) != _config(words, folder):
+        raise InputError(
+            f"{folder} was trained with other options ({' '.join(cell['options'])}): "
+            "name another --output_dir, or remove that folder"
+        )
+    return metrics if "peak_memory_mb" in metrics else None
+
+
+def train_cell(method: str, words: Sequence[str], folder: Path) -> None:
+    """Train one cell, in this process; its metrics also say how much memory it took."""
+    quiet()
+    config = _config(words, folder)
+    if method in GATED:
+        config.posterior.method = method  # type: ignore[assignment]
+        metrics = finetune(config)
+    else:
+        from bayes_lora.inference.train_baseline import train_baseline, truncated_lora  # needs PEFT
+
+        if method == "lora_svd":
+            metrics = truncated_lora(config, folder.parents[1])
+        else:
+            metrics = train_baseline(method, config)
+    if torch.cuda.is_available():
+        metrics["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        metrics["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    metrics["learning_rate"] = config.training.learning_rate
+    cell = {"method": method, "options": list(words)}
+    write_text(folder / "cell.json", json.dumps(cell, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def _config(words: Sequence[str], folder: Path) -> FinetuneConfig:
+    return parse([*words, "--output_dir", str(folder), "--overwrite"])
