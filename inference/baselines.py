@@ -6,6 +6,7 @@ r"""What Bayesian LoRA is compared with, as networks that are trained by maximum
     pfeiffer                bottlenecks behind the MLP                   arXiv 2005.00247
     lora                    A and B of one rank everywhere (PEFT)        arXiv 2106.09685
     adalora                 ranks pruned by importance (PEFT)            arXiv 2303.10512
+    adalora_published       the same, with the authors' settings (`published.py`)
     lora_8bit, lora_4bit    all tensors that Bayesian LoRA quantizes, at one bit width
 
 All train the head, and of the encoder what is named. Bottlenecks are as wide as makes them as large
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from bayes_lora.costs import relative_bops, uniform_bits
 from bayes_lora.errors import InputError
 from bayes_lora.inference.backbone import Backbone
+from bayes_lora.inference.published import AdaLoRASettings
 from bayes_lora.network import AdaptedNetwork, Batch, Latents
 from bayes_lora.targets import LayerSpec, freeze_encoder, linear_layers, select_targets
 
 ADALORA_INITIAL = 1.5  # times the rank, as the authors have it
 ADALORA_SCHEDULE = (0.1, 0.3)  # of the steps: before pruning starts, after it has ended
+PRUNINGS = 50
 ORTHOGONALITY = 0.1  # weight of AdaLoRA's regularizer
 UNQUANTIZED_SHARE = 0.25  # of the steps: uniform bits begin where Bayesian LoRA's quantizers do
 
@@ -77,6 +80,8 @@ class Setting:
         Of the whole training.
     calibration : function
         Gives a few batches of inputs, to set the ranges of quantizers with.
+    pruning : AdaLoRASettings, optional
+        Of AdaLoRA; default: by rank and steps.
     """
 
     backbone: Backbone
@@ -85,6 +90,7 @@ class Setting:
     target_modules: str
     steps: int
     calibration: Callable[[], Iterable[Batch]]
+    pruning: AdaLoRASettings | None = None
 
     def __post_init__(self) -> None:
         model = self.backbone.model
@@ -180,16 +186,23 @@ def _lora(setting: Setting) -> Baseline:
     return Baseline(network, lambda: setting.share(setting.lora_parameters), lambda: ranks)
 
 
-def _adalora(setting: Setting) -> Baseline:
-    first, last = (round(share * setting.steps) for share in ADALORA_SCHEDULE)
-    if setting.steps - last <= first + 1:
-        raise InputError(f"AdaLoRA cannot prune within {setting.steps} steps: give more --epochs")
+def _pruning(setting: Setting) -> AdaLoRASettings:
+    before, after = (round(share * setting.steps) for share in ADALORA_SCHEDULE)
+    interval = max(1, (setting.steps - after - before) // PRUNINGS)
     initial = round(ADALORA_INITIAL * setting.rank)
+    return AdaLoRASettings(initial, setting.rank, before, after, interval, ORTHOGONALITY)
+
+
+def _adalora(setting: Setting) -> Baseline:
+    pruning = setting.pruning or _pruning(setting)
+    if setting.steps - pruning.after <= pruning.before + 1:
+        raise InputError(f"AdaLoRA cannot prune within {setting.steps} steps: give more --epochs")
+    initial = pruning.initial_rank
     network = _peft(
         setting,
         AdaLoraConfig(
-            init_r=initial, target_r=setting.rank, total_step=setting.steps, tinit=first,
-            tfinal=last, deltaT=max(1, (setting.steps - last - first) // 50),
+            init_r=initial, target_r=pruning.target_rank, total_step=setting.steps,
+            tinit=pruning.before, tfinal=pruning.after, deltaT=pruning.interval,
         ),
     )  # fmt: skip
     named = dict(network.named_parameters())
@@ -199,7 +212,7 @@ def _adalora(setting: Setting) -> Baseline:
 
     def penalty() -> Tensor:  # PEFT adds it to its own loss only
         grams = torch.stack([p @ p.T if len(p) == initial else p.T @ p for p in matrices])
-        return ORTHOGONALITY * torch.linalg.matrix_norm(grams - identity).mean()
+        return pruning.orthogonality * torch.linalg.matrix_norm(grams - identity).mean()
 
     def ranks() -> list[int]:
         return [int((scale != 0).sum()) for scale in scales]
@@ -257,6 +270,7 @@ BASELINES: dict[str, Callable[[Setting], Baseline]] = {
     "pfeiffer": _pfeiffer,
     "lora": _lora,
     "adalora": _adalora,
+    "adalora_published": _adalora,
     "lora_8bit": lambda setting: _uniform(setting, 8),
     "lora_4bit": lambda setting: _uniform(setting, 4),
 }

@@ -27,6 +27,7 @@ from bayes_lora.inference.files import check_free, open_folder, write_tensors, w
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.predict import predictions
 from bayes_lora.inference.prepared import Prepared, prepare
+from bayes_lora.inference.published import as_published
 from bayes_lora.inference.train import CALIBRATION_BATCHES, warmed_up_then_linear
 from bayes_lora.inference.truncation import truncate
 from bayes_lora.layers import TENSORS
@@ -60,8 +61,11 @@ def train_baseline(method: str, config: FinetuneConfig) -> dict[str, float]:
     settings, folder = config.training, Path(config.training.output_dir)
     check_free(folder, OUTPUTS, settings.overwrite)
     pyro.set_rng_seed(settings.seed)
+    pruning = None
+    if method == "adalora_published":
+        config, pruning = as_published(config)
     data = prepare(config)
-    baseline = build(method, setting_of(config, data))
+    baseline = build(method, replace(setting_of(config, data), pruning=pruning))
     open_folder(folder, OUTPUTS)
     write_text(folder / "config.yaml", config.to_yaml([f"method: {method}"]))
     log_likelihood = _fit(baseline, config, data)

@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model
 from bayes_lora.errors import InputError
 from bayes_lora.inference.backbone import Backbone
 from bayes_lora.inference.baselines import BASELINES, ORTHOGONALITY, Setting, build
+from bayes_lora.inference.config import parse
+from bayes_lora.inference.published import SCORES, TASKS, as_published
 from bayes_lora.inference.truncation import truncate
 
 
@@ -14,10 +16,10 @@ from bayes_lora.inference.truncation import truncate
 def made(backbone, batch):
     """Build a baseline of rank 3 on a tiny BERT, for so many steps."""
 
-    def make(method, steps=100):
+    def make(method, steps=100, pruning=None):
         setting = Setting(
             Backbone(backbone(), None, ()), rank=3, alpha=6.0, target_modules="all-linear",
-            steps=steps, calibration=lambda: [batch],
+            steps=steps, calibration=lambda: [batch], pruning=pruning,
         )  # fmt: skip
         return build(method, setting)
 
@@ -104,6 +106,34 @@ def test_adaloras_penalty_is_the_one_that_peft_adds_to_its_loss(made, batch):
     output = inner(**batch, labels=labels)
     likelihood = torch.nn.functional.cross_entropy(output.logits, labels)
     torch.testing.assert_close(likelihood + baseline.penalty(), output.loss)
+
+
+def test_adaloras_published_settings_reach_peft(made, tmp_path):
+    config = parse(["--task", "rte", "--output_dir", str(tmp_path), "--epochs", "2"])
+    changed, pruning = as_published(config)
+    found = changed.training.learning_rate, changed.training.epochs, changed.network.alpha
+    assert (*found, changed.data.max_length) == (1.2e-3, 50, 32, 320)
+    baseline = made("adalora_published", steps=2500, pruning=pruning)
+    peft = baseline.network.peft_config["default"]
+    assert (peft.init_r, peft.target_r, peft.tinit, peft.tfinal, peft.deltaT) == (
+        2,
+        1,
+        600,
+        1800,
+        1,
+    )
+    matrices = [
+        p for n, p in baseline.network.named_parameters() if ".lora_A." in n or ".lora_B." in n
+    ]
+    grams = [p @ p.T if len(p) == 2 else p.T @ p for p in matrices]
+    norms = [torch.linalg.matrix_norm(gram - torch.eye(2)) for gram in grams]
+    torch.testing.assert_close(baseline.penalty(), 0.3 * torch.stack(norms).mean())
+
+
+def test_published_means_are_those_that_the_authors_state():
+    stated = {"full": 0.8809, "lora": 0.8834, "adalora": 0.8931}
+    for method, scores in SCORES.items():
+        assert sum(scores) / len(TASKS) == pytest.approx(stated[method], abs=1e-4)  # two digits
 
 
 def test_adalora_needs_steps_to_prune_in(made):

@@ -29,10 +29,11 @@ def run_compare(small_run, tmp_path, capsys, few_draws, cells_here):
 @pytest.mark.slow
 def test_every_method_fills_its_cell(run_compare, tmp_path):
     words = ["--tasks", "custom", "--seeds", "3", "--learning_rates", "1e-3"]
-    code, out, err = run_compare(*words, "--methods", *compare.METHODS)
+    methods = [name for name in compare.METHODS if name != "adalora_published"]
+    code, out, err = run_compare(*words, "--methods", *methods)
     assert code == 0, err
     cells = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
-    assert set(cells.index) == set(compare.METHODS)
+    assert set(cells.index) == set(methods)
     assert cells[["score", "nll", "ece", "seconds", "peak_memory_mb"]].notna().all().all()
     shares = cells["relative_bops_32"]
     assert shares["lora_8bit"] == pytest.approx(1 / 16)
@@ -43,7 +44,7 @@ def test_every_method_fills_its_cell(run_compare, tmp_path):
     folder = tmp_path / "out" / "custom"
     size = json.loads((folder / "qr" / "seed-3" / "metrics.json").read_text())
     assert cells["mean_rank"]["lora_svd"] * 12 * 32 <= size["adapter_parameters"]
-    assert all(method in out for method in compare.METHODS)
+    assert all(method in out for method in methods)
 
 
 @pytest.mark.slow
@@ -91,6 +92,7 @@ def test_the_rate_is_chosen_without_the_validation_set_and_cells_are_kept(
         (["--tasks", "custom", "--methods", "qrs"], "invalid choice: 'qrs'"),
         (["--tasks", "custom", "--methods", "lora_svd", "qr"], "name both"),
         (["--tasks", "custom", "--price", "-1"], "price is -1"),
+        (["--tasks", "agreement", "--methods", "adalora_published"], "no settings for agreement"),
         (["--tasks", "custom", "--prize", "1"], "unrecognized arguments: --prize"),
     ],
 )
