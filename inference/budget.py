@@ -1,26 +1,23 @@
 """A budget of bit operations: the price at which the decision meets it.
 
 In the joint phase dual ascent moves the price by how far the decision is from the budget
-(`train.py`). What is left is corrected once, before the network settles. For discrete gates the
-optimal logit of gate k is linear in the price, all else held (`natural_gradient.py`),
-
-    a_k(price') = a_k(price) - (price' - price) / r_k * d E[share] / d p_k,
-
-where r_k is the probability that gate k is reached. So every logit falls with the price, and with
-it the share of bit operations that is decided: bisection finds the price.
+(`train.py`). What is left is corrected once, before the network settles. All else held, the
+optimal logit of a discrete gate differs from the one it would have without data by a constant,
+what the data say; so it moves with the price as that one does
+(`BayesianLoRA.logits_without_data`): down when the price goes up, and with it the share of bit
+operations that is decided. Bisection finds the price.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
-from torch import Tensor
 
 from bayes_lora.costs import relative_bops
-from bayes_lora.gates import nested, reach
 from bayes_lora.models.guides import GateGuide
-from bayes_lora.models.model import BayesianLoRA
+from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import GibbsGates
 
 FURTHEST = math.log(1000.0)  # how far the log of the price is moved at most
@@ -68,14 +65,19 @@ def meet_budget(model: BayesianLoRA, guide: GateGuide) -> None:
     prior = model.priors.gates
     if not isinstance(prior, GibbsGates) or prior.budget is None:
         return
-    before = {p: p.clone() for p in (guide.rank_logits, guide.bit_logits) if p is not None}
-    slopes, price, budget = logit_slopes(model, guide), prior.price, prior.budget
+    logits = Gates(guide.rank_logits, guide.bit_logits)
+    probabilities = guide.open_probabilities()
+    before, without_data = logits.map(torch.clone), model.logits_without_data(probabilities)
+    price, budget = prior.price, prior.budget
 
     def miss(log_factor: float) -> float:
         """How far from the budget, in the log of the share, at a price times exp(log_factor)."""
         prior.price = price * math.exp(log_factor)
-        for (logits, old), slope in zip(before.items(), slopes, strict=True):
-            logits.copy_(old + (prior.price - price) * slope)
+        moved = model.logits_without_data(probabilities)
+        for new, *known in zip(logits, before, moved, without_data, strict=True):
+            if new is not None:
+                old, now, then = cast(list[torch.Tensor], known)
+                new.copy_(old + (now - then))
         return math.log(decided_share(model, guide) / budget)
 
     low, high = -FURTHEST, FURTHEST
@@ -83,30 +85,3 @@ def meet_budget(model: BayesianLoRA, guide: GateGuide) -> None:
         middle = (low + high) / 2
         low, high = (middle, high) if miss(middle) > 0 else (low, middle)
     miss(min((low, high), key=lambda end: abs(miss(end))))  # the nearer side of a step
-
-
-def logit_slopes(model: BayesianLoRA, guide: GateGuide) -> list[Tensor]:
-    """Derivative of the optimal gate logits in the price, in nats per nat, all else held.
-
-    Returns
-    -------
-    list of Tensor
-        Of the rank gates, shape (L, R), and of the bit gates, shape (L, T, K), as far as the
-        guide has them; nowhere positive.
-
-    """
-    probs = guide.open_probabilities().map(lambda p: p.double())
-    with torch.enable_grad():
-        leaves = probs.map(lambda p: p.requires_grad_())
-        share = relative_bops(model.network, *leaves)
-        found = [p for p in leaves if p is not None]
-        gradients = torch.autograd.grad(share, found)
-    structures = [
-        structure
-        for p, structure in zip(leaves, (model.network.structure, nested), strict=True)
-        if p is not None
-    ]
-    return [
-        -gradient / reach(p.detach(), structure).clamp_min(1e-300)
-        for p, gradient, structure in zip(found, gradients, structures, strict=True)
-    ]

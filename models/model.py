@@ -23,6 +23,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from bayes_lora.distributions import HardConcrete
+from bayes_lora.gates import nested, reach
 from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork, Batch, Latents
 
@@ -118,6 +119,38 @@ class BayesianLoRA(PyroModule):
             gate = HardConcrete(TEMPERATURE, logits=self.bit_prior_logits)
             priors["bit_gate"] = gate.to_event(3)
         return priors
+
+    @torch.no_grad()
+    def logits_without_data(self, probabilities: Gates) -> Gates:
+        """Logits that gates would have if the data said nothing of them.
+
+        A factor of the prior couples the gates, so that one gate's logit is optimal given the
+        others: prior logit + (1 / r) d E[log factor] / d p, where p is the probability of the
+        gate to be open and r that of it to be reached.
+
+        Parameters
+        ----------
+        probabilities : Gates
+            P(open) under the guide, shapes (L, R) and (L, T, K).
+
+        Returns
+        -------
+        Gates
+            Logits in nats, of the same shapes, in double precision.
+        """
+        given = zip(probabilities, (self.network.structure, nested), strict=True)
+        reached = Gates(*(None if p is None else reach(p.double(), order) for p, order in given))
+        with torch.enable_grad():
+            probs = probabilities.map(lambda p: p.double().requires_grad_())
+            factor = self.priors.gates.log_factor(self.network, *probs)
+            leaves = [p for p in probs if p is not None]
+            slopes = [torch.zeros_like(p) for p in leaves]
+            if factor is not None and leaves:
+                slopes = list(torch.autograd.grad(factor, leaves))
+        found: list[Tensor | None] = []
+        for prior, r in zip((self.rank_prior_logits, self.bit_prior_logits), reached, strict=True):
+            found.append(None if r is None else prior + slopes.pop(0) / r.clamp_min(1e-300))
+        return Gates(*found)
 
     def forward(
         self,

@@ -165,6 +165,8 @@ class GibbsGates(IndependentGates):
         """Refuse a price or a budget that means nothing."""
         if self.price < 0 or (self.budget is not None and not 0 < self.budget < 1):
             raise ValueError(f"{self}: the price must be >= 0, the budget in (0, 1)")
+        if self.budget is not None and self.price == 0:
+            raise ValueError(f"{self}: a budget moves the price by factors; let it start above 0")
 
     def log_factor(
         self, network: AdaptedNetwork, rank_gate: Tensor | None, bit_gate: Tensor | None
