@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,3 +74,21 @@ def component_of_weight(specs: Sequence[LayerSpec], rank: int) -> Tensor:
         B = components.expand(spec.out_features, -1)
         parts += [A.flatten(), components, B.flatten()]
     return torch.cat(parts)
+
+
+def weight_coordinates(specs: Sequence[LayerSpec], rank: int) -> dict[str, np.ndarray]:
+    """Layer, tensor and component (from 1) that every weight is of, each of shape (P,).
+
+    Examples
+    --------
+    >>> found = weight_coordinates([LayerSpec("query", 2, 1)], rank=2)
+    >>> found["weight_tensor"].tolist(), found["weight_component"].tolist()
+    (['A', 'A', 'A', 'A', 'e', 'e', 'B', 'B'], [1, 1, 2, 2, 1, 2, 1, 2])
+    """
+    sizes = [rank * n for spec in specs for n in (spec.in_features, 1, spec.out_features)]
+    component = component_of_weight(specs, rank).numpy()
+    return {
+        "weight_layer": np.array([spec.path for spec in specs], dtype=object)[component // rank],
+        "weight_tensor": np.repeat(np.array(["A", "e", "B"] * len(specs), dtype=object), sizes),
+        "weight_component": component % rank + 1,
+    }

@@ -12,7 +12,9 @@
     sample_stats          log_q, log_p (chain, draw), nats
                           rank_open_probability (chain, layer, component)   of the guide, exact
                           bit_open_probability (chain, layer, tensor, level)
-                          elbo, log_likelihood, kl_..., energy, price, ... (chain, step), nats
+                          rank_without_data, bit_without_data: the same, if the data said nothing
+                          log_likelihood, kl_..., energy, price, ... (chain, step), nats
+                          elbo, objective (chain, step), nats               of `History.traces`
                           phase (step)
                           rank_trajectory (chain, recorded_step, layer)     expected rank
                           bits_trajectory (chain, recorded_step, layer, tensor)
@@ -32,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import arviz as az
 import numpy as np
@@ -41,9 +43,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bayes_lora.costs import relative_bops
+from bayes_lora.flat_weights import weight_coordinates
 from bayes_lora.gates import expected_bits
-from bayes_lora.inference.draws import unbound
+from bayes_lora.inference.draws import quantities
 from bayes_lora.inference.files import whole
 from bayes_lora.inference.history import History
 from bayes_lora.inference.predict import Prediction
@@ -138,8 +140,12 @@ def bundle(
     first, second = draws.predictions
     predictions = {"mean": first, "deviation": second} if second.size else {"probability": first}
     names = coordinates(network) | {"example": list(labels), "class": list(classes)}
+    drawn = _of_draws(posterior, names)
+    if draws.adapter_weights is not None:
+        of_weight = weight_coordinates(network.specs, network.rank)
+        drawn = drawn.assign_coords({name: ("parameter", v) for name, v in of_weight.items()})
     return az.InferenceData(
-        posterior=_of_draws(posterior, names),
+        posterior=drawn,
         prior=_of_draws(quantities(network, prior, prior_draws), names),
         posterior_predictive=_of_draws({"label": draws.predicted_labels}, names),
         log_likelihood=_of_draws({"label": draws.log_likelihood}, names),
@@ -163,16 +169,20 @@ def _sample_stats(
         "phase": (["step"], phases),
     }
     stats |= {name: (["chain", "step"], v[None]) for name, v in history.traces().items()}
-    rank, bits = history.guide.open_probabilities()
-    along = ["chain", "recorded_step"]
-    if rank is not None:
-        path = [network.structure(g).sum(-1) for g, _ in history.gates.values() if g is not None]
-        stats["rank_open_probability"] = ["chain", *DIMS["rank_gate"]], _one(rank)
-        stats["rank_trajectory"] = [*along, *DIMS["rank"]], _one(torch.stack(path))
-    if bits is not None:
-        path = [expected_bits(g) for _, g in history.gates.values() if g is not None]
-        stats["bit_open_probability"] = ["chain", *DIMS["bit_gate"]], _one(bits)
-        stats["bits_trajectory"] = [*along, *DIMS["bits"]], _one(torch.stack(path))
+    found = history.guide.open_probabilities()
+    without_data = history.model.logits_without_data(found).map(torch.sigmoid)
+    kinds = (
+        ("rank", "rank", lambda gate: network.structure(gate).sum(-1)),
+        ("bit", "bits", expected_bits),
+    )
+    for place, (kind, name, count) in enumerate(kinds):
+        if (probability := found[place]) is None:
+            continue
+        dims = ["chain", *DIMS[f"{kind}_gate"]]
+        path = torch.stack([count(gates[place]) for gates in history.gates.values()])
+        stats[f"{kind}_open_probability"] = dims, _one(probability)
+        stats[f"{kind}_without_data"] = dims, _one(cast(Tensor, without_data[place]))
+        stats[f"{name}_trajectory"] = ["chain", "recorded_step", *DIMS[name]], _one(path)
     return _dataset(stats, {**names, "recorded_step": list(history.gates)})
 
 
@@ -190,19 +200,6 @@ def _dataset(
 
 def _one(value: Tensor) -> Array:
     return value[None].cpu().numpy()
-
-
-def quantities(network: AdaptedNetwork, gates: Gates, draws: int) -> dict[str, Array]:
-    """Gates, rank, bits and relative bit operations of every draw, first axis S."""
-    values: dict[str, Tensor] = {}
-    if gates.rank_gate is not None:
-        rank = network.structure(gates.rank_gate).sum(-1)
-        values |= {"rank_gate": gates.rank_gate, "rank": rank}
-    if gates.bit_gate is not None:
-        values |= {"bit_gate": gates.bit_gate, "bits": expected_bits(gates.bit_gate)}
-    shares = [relative_bops(network, *draw) for draw in unbound(gates, draws)]
-    values["relative_bops"] = torch.stack(shares)
-    return {name: value.cpu().double().numpy() for name, value in values.items()}
 
 
 def coordinates(network: AdaptedNetwork) -> dict[str, list[str] | list[int]]:
@@ -256,18 +253,26 @@ def combine(chains: Sequence[az.InferenceData]) -> az.InferenceData:
 def pareto_k(found: az.InferenceData) -> float:
     """PSIS k-hat of the guide: how heavy the tail of log p - log q is over its draws.
 
-    The largest of the chains'. Below 0.7 the guide's draws can stand for the posterior's (Yao et
-    al. 2018, arXiv 1802.02538). Not a number if too few draws differ: PSIS needs some 25.
+    The largest of the chains'; infinite where a few draws have all the weight. Below
+    min(1 - 1 / log10(draws), 0.7) the guide's draws can stand for the posterior's (Yao et al. 2018,
+    arXiv 1802.02538; Vehtari et al. 2024, JMLR 25:72). It takes some 25 draws that differ.
+
+    Raises
+    ------
+    ValueError
+        If a log density is not finite.
     """
     ratios = (found["sample_stats"]["log_p"] - found["sample_stats"]["log_q"]).to_numpy()
-    if not np.ptp(ratios, axis=1).all():
-        return float("nan")
-    largest = max(float(az.psislw(chain)[1]) for chain in ratios)
-    return largest if np.isfinite(largest) else float("nan")
+    if not np.isfinite(ratios).all():
+        raise ValueError("log p or log q is not finite")
+    each = np.array([float(az.psislw(chain)[1]) for chain in ratios])
+    return float(np.where(np.isnan(each), np.inf, each).max())
 
 
 def compare(runs: Mapping[str, az.InferenceData]) -> str:
     """Compare runs by PSIS-LOO on the training examples that they share, as a table.
+
+    Examples are known by their place and label; that they have the same texts is not checked.
 
     Raises
     ------

@@ -13,15 +13,19 @@ sum over layers, as bit operations are.
 from __future__ import annotations
 
 from operator import itemgetter
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Bernoulli
 from torch.func import grad, vmap
 
-from bayes_lora.gates import nested, reach
+from bayes_lora.costs import relative_bops
+from bayes_lora.gates import expected_bits, nested, reach
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
+from bayes_lora.network import AdaptedNetwork
 
 SWEEPS = 10
 
@@ -95,6 +99,19 @@ def draw_prior(model: BayesianLoRA, draws: int, generator: torch.Generator) -> G
                 logit = (a + slope(*state))[at]
                 z[at] = torch.bernoulli(logit.sigmoid(), generator=generator)
     return gates(tuple(state))
+
+
+def quantities(network: AdaptedNetwork, gates: Gates, draws: int) -> dict[str, NDArray[Any]]:
+    """Gates, rank, bits and relative bit operations of every draw, first axis S."""
+    values: dict[str, Tensor] = {}
+    if gates.rank_gate is not None:
+        rank = network.structure(gates.rank_gate).sum(-1)
+        values |= {"rank_gate": gates.rank_gate, "rank": rank}
+    if gates.bit_gate is not None:
+        values |= {"bit_gate": gates.bit_gate, "bits": expected_bits(gates.bit_gate)}
+    shares = [relative_bops(network, *draw) for draw in unbound(gates, draws)]
+    values["relative_bops"] = torch.stack(shares)
+    return {name: value.cpu().double().numpy() for name, value in values.items()}
 
 
 def log_probability(gates: Gates, logits: Gates, model: BayesianLoRA) -> Tensor:

@@ -35,10 +35,10 @@ from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import forever, training_batches
 from bayes_lora.inference.budget import TOLERANCE, meet_budget
-from bayes_lora.inference.bundle import combine, quantities, read_bundle, write_bundle
+from bayes_lora.inference.bundle import combine, read_bundle, write_bundle
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
-from bayes_lora.inference.draws import draw_prior
+from bayes_lora.inference.draws import draw_prior, quantities
 from bayes_lora.inference.files import (
     check_free,
     open_folder,

@@ -80,12 +80,21 @@ class History:
     def traces(self) -> dict[str, NDArray[np.floating]]:
         """Every number of the history by name, one an entry a line; terms of the ELBO in nats.
 
-        `elbo` is minus the loss: while the KL weight is below one, it has that weight.
+        `objective` is minus the loss: divergences have the KL weight of the step, and that of the
+        adapter weights its temperature. `elbo` has all of them at weight one; where gates are held,
+        open or at the decision, a model that has gates has none (not a number).
         """
         names = [name for name in COLUMNS if name not in ("step", "phase", "loss")]
         found = {name: [record.get(name, np.nan) for record in self.records] for name in names}
-        found["elbo"] = [-float(record["loss"]) for record in self.records]
-        nats = {"elbo", "log_likelihood", *KL_TERMS, "energy"}
+        found["objective"] = [-float(record["loss"]) for record in self.records]
+        gates = [name for name in KL_TERMS[1:] if any(name in record for record in self.records)]
+        found["elbo"] = [
+            float(record["log_likelihood"]) - prior_cost(_terms(record), temperature=1.0)
+            if all(name in record for name in gates)
+            else np.nan
+            for record in self.records
+        ]
+        nats = {"objective", "elbo", "log_likelihood", *KL_TERMS, "energy"}
         sizes = {name: self.model.num_examples if name in nats else 1 for name in found}
         return {name: np.array(v, dtype=float) * sizes[name] for name, v in found.items()}
 
@@ -107,3 +116,7 @@ class History:
             **{k: float(latest[k]) * size for k in (*KL_TERMS, "energy") if k in latest},
             **{k: float(gates[k]) for k in kept},
         }
+
+
+def _terms(record: Record) -> dict[str, float]:
+    return {name: float(record[name]) for name in (*KL_TERMS, "energy") if name in record}

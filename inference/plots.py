@@ -48,10 +48,7 @@ def plot_rank_and_bits(bundle: InferenceData) -> Figure:
     Where these have no gates, the first two tensors that have. A bundle without gates is a
     ValueError.
     """
-    panels = _panels(bundle)
-    shown = [p for p in panels if p[0].startswith(MAIN)]
-    ranks = [p for p in panels if p[0].startswith("rank")]
-    return _heat_maps(shown if len(shown) > len(ranks) else [*ranks, *panels[len(ranks) :][:2]])
+    return _heat_maps(_main(_panels(bundle)))
 
 
 def plot_rank(bundle: InferenceData) -> Figure:
@@ -73,20 +70,22 @@ def plot_bits(bundle: InferenceData) -> Figure:
 def plot_two_runs(first: InferenceData, second: InferenceData, names: tuple[str, str]) -> Figure:
     """Heat maps of two runs of the same network side by side, and what the second has more.
 
-    Runs whose layers differ are a ValueError.
+    Of the quantities that both have, as `plot_rank_and_bits` chooses them, on one scale. Runs whose
+    layers differ, or that have no gates in common, are a ValueError.
     """
-    both = _panels(first), _panels(second)
-    names_of = [[(p[0], p[1]["layer"].to_numpy().tolist()) for p in panels] for panels in both]
-    if names_of[0] != names_of[1]:
-        raise ValueError("the runs have other layers, or gates: they cannot be shown together")
+    ours, theirs = ({p[0].partition(" (")[0]: p for p in _panels(run)} for run in (first, second))
+    both = [panel for name, panel in ours.items() if name in theirs]
     panels: list[Panel] = []
-    for ours, theirs in zip(*both, strict=True):
-        title, mean, _, top = ours
-        if title.startswith(MAIN):
-            difference = theirs[1] - mean
-            spread = (ours[2] ** 2 + theirs[2] ** 2) ** 0.5
-            panels += [(f"{title}: {names[0]}", *ours[1:]), (f"{title}: {names[1]}", *theirs[1:])]
-            panels += [(f"{title}: difference", difference, spread, -top)]
+    for title, mean, deviation, top in _main(both):
+        _, other, spread, other_top = theirs[title.partition(" (")[0]]
+        if mean["layer"].to_numpy().tolist() != other["layer"].to_numpy().tolist():
+            raise ValueError("the runs have other layers: they cannot be shown together")
+        most = max(top, other_top)
+        panels += [(f"{title}: {names[0]}", mean, deviation, most)]
+        panels += [(f"{title}: {names[1]}", other, spread, most)]
+        panels += [(f"{title}: difference", other - mean, (deviation**2 + spread**2) ** 0.5, -most)]
+    if not panels:
+        raise NothingToShow("the runs have no gates in common: they cannot be shown together")
     return _heat_maps(panels)
 
 
@@ -111,7 +110,8 @@ def plot_gate_trajectories(bundle: InferenceData) -> Figure:
                 mean = path.sel(tensor=tensor).mean("layer")
                 axes.plot(path["recorded_step"], mean, lw=1.4, label=tensor)
             axes.set_yscale("log", base=2)
-            axes.set_yticks([2, 4, 8, 16], ["2", "4", "8", "16"])
+            ticks = [bits for bits in (2, 4, 8, 16, 32) if bits <= path.max()]
+            axes.set_yticks(ticks, map(str, ticks))
             axes.set_ylabel("expected bits, mean of layers")
             axes.legend(fontsize=7, frameon=False, ncols=2)
         _shade_phases(axes, stats["phase"])
@@ -191,8 +191,9 @@ def plot_reliability(bundle: InferenceData) -> Figure:
     low = 0.0 if curve.is_regression else 1 / bundle["predictions"].sizes["class"]
     axes.plot([low, 1], [low, 1], color="0.6", lw=1, ls="--", label="calibrated")
     deviation = 1.96 * np.sqrt(curve.expected * (1 - curve.expected) / curve.counts)
-    axes.errorbar(curve.expected, curve.observed, deviation, fmt="o-", ms=4, color=POSTERIOR,
-                  capsize=2, lw=1.2)  # fmt: skip
+    range_ = [(curve.expected + sign * deviation).clip(0, 1) for sign in (-1, 1)]
+    axes.vlines(curve.expected, *range_, color="0.75", lw=5, label="95 % range if calibrated")
+    axes.plot(curve.expected, curve.observed, "o-", ms=4, color=POSTERIOR, lw=1.2)
     for x, y, count in zip(curve.expected, curve.observed, curve.counts, strict=True):
         axes.annotate(str(int(count)), (x, y), (4, -9), textcoords="offset points", fontsize=6)
     axes.set_xlabel("level of the interval" if curve.is_regression else "confidence")
@@ -216,6 +217,13 @@ def _panels(bundle: InferenceData) -> list[Panel]:
             found = mean_and_deviation(bits.mean("chain").sel(tensor=tensor))
             panels.append((f"bits of {tensor}", *found, float(bits["bits"].max())))
     return panels
+
+
+def _main(panels: list[Panel]) -> list[Panel]:
+    """Rank, and the bits of weight and input; without gates there, the first two that have."""
+    shown = [p for p in panels if p[0].startswith(MAIN)]
+    ranks = [p for p in panels if p[0].startswith("rank")]
+    return shown if len(shown) > len(ranks) else [*ranks, *panels[len(ranks) :][:2]]
 
 
 def _heat_maps(panels: list[Panel]) -> Figure:

@@ -69,8 +69,8 @@ def sample_posterior(
     torch.manual_seed(seed)  # adapter weights are drawn from a Pyro distribution
     kept = POSTERIOR_DRAWS
     everything = draw_posterior(guide, max(kept, draws), generator)
-    weights = [guide.adapter_weights().sample() for _ in range(max(kept, draws))]
     held = unbound(everything, max(kept, draws))
+    weights = [_draw_weights(model, guide, each) for each in held]
     gates = everything.map(lambda gate: gate[:kept])
     index = np.linspace(0, len(train) - 1, min(TRAINING_EXAMPLES, len(train))).astype(int)
     chosen = train.select(index)
@@ -119,9 +119,23 @@ def sample_posterior(
             "task": task.name,
             "training_examples": len(train),
             "rank_structure": model.network.structure.__name__,
+            "weight_temperature": 1.0
+            if guide.log_scale is None
+            else model.priors.adapter_weight_temperature,
         },
     )
     return found, predicted
+
+
+@torch.no_grad()
+def _draw_weights(model: BayesianLoRA, guide: GateGuide, gates: Gates) -> torch.Tensor:
+    """Adapter weights at a draw of the gates: where a component is closed, from the prior."""
+    drawn = guide.adapter_weights().sample()
+    if guide.log_scale is None or gates.rank_gate is None:
+        return drawn
+    used = model.network.structure(gates.rank_gate).flatten()[guide.component.cpu()]
+    prior = model.priors.adapter_weights(model.network).sample()
+    return torch.where(used.to(drawn.device) > 0, drawn, prior)
 
 
 @torch.no_grad()

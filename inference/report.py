@@ -75,9 +75,12 @@ def report(
         try:
             parts.append(f"<pre>{html.escape(compare({name: bundle, other: theirs}))}</pre>")
             parts.append(f'<p class="note">{COMPARISON}</p>')
+        except ValueError as error:
+            parts.append(_note(error))
+        try:
             parts.append(_picture(plot_two_runs(bundle, theirs, (name, other))))
         except ValueError as error:
-            parts.append(f'<p class="note">{html.escape(str(error))}</p>')
+            parts.append(_note(error))
     title = html.escape(f"Posterior of {name} ({bundle.attrs['task']})")
     return PAGE.format(title=title, body="\n".join(parts))
 
@@ -88,6 +91,10 @@ def _section(title: str, figure: Figure, caption: str) -> str:
         f"<h2>{html.escape(title)}</h2>\n<figure>{_picture(figure)}"
         f"<figcaption>{note}</figcaption></figure>"
     )
+
+
+def _note(error: ValueError) -> str:
+    return f'<p class="note">{html.escape(str(error))}</p>'
 
 
 def _picture(figure: Figure) -> str:

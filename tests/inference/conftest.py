@@ -191,6 +191,8 @@ def made_bundle(network, tmp_path):
 
     def make(rank_logits=None, bit_logits=None, draws=60, seed=0, classes=("no", "yes")):
         gates = IndependentGates(rank_logits=-0.7, bit_logits=0.3)
+        made = {"rank": rank_logits, "bit": bit_logits}
+        kinds = [name for name, logits in made.items() if logits is not None]
         model = BayesianLoRA(
             network, Classification(), Priors(gates=gates), num_examples=80,
             rank_gates=rank_logits is not None, bit_gates=bit_logits is not None,
@@ -201,6 +203,8 @@ def made_bundle(network, tmp_path):
         with History(tmp_path / f"history{seed}.csv", model, guide, steps=4) as history:
             for step, phase in enumerate(("warmup", "joint", "joint", "settle")):
                 terms = {"log_likelihood": -60.0 + step, "kl_adapter_weights": 3.0}
+                if phase == "joint" and kinds:
+                    terms |= {f"kl_{n}_gate": 10.0 * step for n in kinds} | {"energy": 5.0}
                 history.add(record_step(step, phase, 1.0, 0.7, terms, model, guide))
         with torch.no_grad():
             for parameter, logits in (
@@ -227,7 +231,12 @@ def made_bundle(network, tmp_path):
             labels=dict(enumerate(labels.tolist())),
             validation_labels=labels,
             classes=classes,
-            attributes={"task": "custom", "training_examples": 80, "rank_structure": "nested"},
+            attributes={
+                "task": "custom",
+                "training_examples": 80,
+                "rank_structure": "nested",
+                "weight_temperature": 1.0,
+            },
         )
 
     return make

@@ -49,7 +49,15 @@ def test_a_run_leaves_a_bundle_that_arviz_reads(command, tmp_path):
     exact = rank_probabilities(guide["rank_logits"].sigmoid()).numpy()
     assert np.allclose(rank_distribution(found).isel(chain=0), exact, atol=1e-6)
     assert "adapter_weights" not in posterior
-    assert np.isfinite(found.sample_stats["elbo"]).all()
+    stats = found.sample_stats
+    assert np.isfinite(stats["objective"]).all()
+    sampled = stats["phase"].isin(["anneal", "joint"])
+    assert (np.isfinite(stats["elbo"]) == sampled).all()
+    costs = sum(stats[n] for n in ("kl_adapter_weights", "kl_rank_gate", "kl_bit_gate", "energy"))
+    elbo = (stats["log_likelihood"] - costs)[:, sampled]
+    assert np.allclose(stats["elbo"][:, sampled], elbo, rtol=1e-5)
+    joint = stats["phase"] == "joint"
+    assert np.allclose(stats["elbo"][:, joint], stats["objective"][:, joint], rtol=1e-4)
     assert list(dict.fromkeys(found.sample_stats["phase"].to_numpy())) == [
         "warmup", "anneal", "joint", "settle",
     ]  # fmt: skip
@@ -107,9 +115,10 @@ def test_pareto_k_tells_a_guide_that_is_right_from_one_that_is_narrow(made_bundl
     found.sample_stats["log_p"][0] = -0.5 * x**2 / 9
     assert pareto_k(found) > 0.7
     found.sample_stats["log_p"][0] = found.sample_stats["log_q"][0] + np.arange(1000) // 999
-    assert np.isnan(pareto_k(found))  # a tail of ties
-    found.sample_stats["log_p"][0] = found.sample_stats["log_q"][0] + 3
-    assert np.isnan(pareto_k(found))
+    assert pareto_k(found) == np.inf  # one draw has all the weight
+    found.sample_stats["log_p"][0, 7] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        pareto_k(found)
 
 
 def test_pareto_k_is_the_worst_of_the_chains(made_bundle):

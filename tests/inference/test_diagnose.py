@@ -9,7 +9,8 @@ import xarray as xr
 
 from bayes_lora.inference.bundle import combine, write_bundle
 from bayes_lora.inference.cli import main
-from bayes_lora.inference.diagnose import diagnose, text
+from bayes_lora.inference.diagnose import text
+from bayes_lora.inference.diagnosis import diagnose
 
 RANK = torch.zeros(12, 3)
 RANK[0] = torch.tensor([np.log(4.0), -np.log(3.0), 0.0])  # open with 0.8, 0.25, 0.5
@@ -29,19 +30,27 @@ def test_a_layer_in_numbers(made_bundle):
     assert (rank["median"], rank["hdi"]) == (1, [0, 3])
     prior = 1 / (1 + np.exp(-0.7))
     assert rank["prior_probability"]["0"] == pytest.approx(prior, abs=4.5 * 0.035)
+    frequencies = rank["prior_probability"].items()
+    assert rank["prior_mean"] == pytest.approx(sum(int(k) * p for k, p in frequencies), abs=1e-4)
     assert layer["bits"]["input"]["hdi"] == [8, 8]
     assert layer["bits"]["input"]["median"] == 8
     assert layer["bits"]["weight"]["probability"]["2"] == pytest.approx(0.5)
 
 
 def test_the_run_in_numbers(made_bundle):
-    run = diagnose(made_bundle(RANK, BITS))["run"]
+    bundle = made_bundle(RANK, BITS)
+    run = diagnose(bundle)["run"]
     assert run["gates"]["rank"]["all"] == 36
     assert run["gates"]["rank"]["fixed_open"] == 3
     assert run["gates"]["bit"]["fixed_open"] == 2
     assert run["gates"]["bit"]["fixed_closed"] == 1
-    assert run["elbo_terms_nats"]["log_likelihood"] == -57.0
-    assert run["pareto_k_examples"] == [9, 80]
+    # the last of the two joint steps, not the settling, where gates have no divergence
+    assert run["elbo_terms_nats"] == {
+        "log_likelihood": -58.0, "kl_rank_gate": 20.0, "kl_bit_gate": 20.0,
+        "kl_adapter_weights": 3.0, "energy": 5.0,
+    }  # fmt: skip
+    assert run["relative_bops"]["mean"] == bundle.posterior["relative_bops"].mean()
+    assert run["relative_bops"]["prior_mean"] == bundle.prior["relative_bops"].mean()
     collapsed = run["collapsed"]
     assert list(collapsed) == ["bert.encoder.layer.0.attention.self.key"]
     why = collapsed["bert.encoder.layer.0.attention.self.key"]
@@ -50,16 +59,37 @@ def test_the_run_in_numbers(made_bundle):
     assert why["prior_log_odds"] == pytest.approx(-0.7, abs=4.5 * 0.15)  # from 200 draws
 
 
-def test_gates_at_their_prior_are_told_from_others(made_bundle):
-    """The prior's logits are -0.7 and 0.3; its probabilities are known from 200 draws only."""
+def test_gates_of_which_the_data_said_nothing_are_told_from_others(made_bundle):
+    """The prior's logits are -0.7 and 0.3."""
     at_prior = made_bundle(torch.full((12, 3), -0.7), torch.full((12, 6, 3), 0.3))
     gates = diagnose(at_prior)["run"]["gates"]
-    # two standard errors hold in 95 % of the cases
-    assert gates["rank"]["as_in_the_prior"] >= 36 * 0.8
-    assert gates["bit"]["as_in_the_prior"] >= 216 * 0.88
-    moved = made_bundle(torch.full((12, 3), 2.0), torch.full((12, 6, 3), -2.0), seed=1)
+    assert (gates["rank"]["unmoved"], gates["bit"]["unmoved"]) == (36, 216)
+    rank = torch.full((12, 3), -0.7)
+    rank[:, 1] += 0.15  # a probability 0.034 higher
+    moved = made_bundle(rank, torch.full((12, 6, 3), 7.0), seed=1)
     gates = diagnose(moved)["run"]["gates"]
-    assert gates["rank"]["as_in_the_prior"] == gates["bit"]["as_in_the_prior"] == 0
+    assert (gates["rank"]["unmoved"], gates["bit"]["unmoved"]) == (24, 0)
+
+
+@pytest.mark.parametrize(
+    ("spread", "temperature", "said"),
+    [
+        (0.0, 1.0, "not defined: 1 of 60 draws differ"),
+        (0.02, 1.0, "; the likelihood is that of 9 of 80 training examples"),
+        (3000.0, 1.0, "inf, above 0.44: 60 draws cannot stand for the exact posterior"),
+        (0.02, 0.001, "not defined: at a weight temperature of 0.001"),
+    ],
+)
+def test_what_k_hat_says(made_bundle, spread, temperature, said):
+    bundle = made_bundle(RANK)
+    bundle.attrs["weight_temperature"] = temperature
+    ratios = spread * np.random.default_rng(4).standard_normal(60)
+    bundle.sample_stats["log_p"][0] = bundle.sample_stats["log_q"][0] * 0 + ratios
+    bundle.sample_stats["log_q"][0] = 0 * ratios
+    found = diagnose(bundle)["run"]
+    assert said in found["pareto_k_verdict"]
+    assert (found["pareto_k"] is None) == ("not defined" in said or "inf" in said)
+    json.dumps(found, allow_nan=False)
 
 
 def test_restarts_that_disagree(made_bundle):
@@ -106,5 +136,26 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
     assert error.count("\n") == 1
     xr.Dataset({"x": 1}).to_netcdf(tmp_path / "posterior.nc", group="posterior")
     assert main(["diagnose", str(tmp_path)]) == 2
-    assert "is not of bayes-lora finetune" in capsys.readouterr().err
+    assert "is no whole bundle of this version" in capsys.readouterr().err
     assert main(["diagnose"]) == 2
+
+
+@pytest.mark.parametrize("broken", ["group", "attribute", "log_p", "predictions", "structure"])
+def test_a_bundle_that_is_not_whole_is_refused_in_a_line(made_bundle, tmp_path, capsys, broken):
+    bundle = made_bundle(RANK, BITS)
+    if broken == "group":
+        del bundle.prior
+    elif broken == "attribute":
+        del bundle.attrs["weight_temperature"]
+    elif broken == "log_p":
+        bundle.sample_stats["log_p"][0, 3] = np.nan
+    elif broken == "predictions":
+        bundle.predictions["probability"][0, 3] = np.nan
+    else:
+        bundle.attrs["rank_structure"] = "nesting"
+    write_bundle(tmp_path / "posterior.nc", bundle)
+    assert main(["diagnose", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no whole bundle" in error or "not finite" in error
+    assert not (tmp_path / "report.html").exists()

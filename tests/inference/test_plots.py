@@ -84,8 +84,13 @@ def test_two_runs_side_by_side(made_bundle):
     shown = dict(zip(titles(figure), cells(figure), strict=True))
     assert list(shown)[:3] == ["rank (of 3): a", "rank (of 3): b", "rank (of 3): difference"]
     assert {text.split("\n")[0] for text in shown["rank (of 3): difference"]} == {"2.1"}
-    with pytest.raises(ValueError, match="cannot be shown together"):
-        plot_two_runs(first, made_bundle(None, QUARTER, seed=2), ("a", "c"))
+    only_bits = made_bundle(None, QUARTER, seed=2)
+    common = titles(plot_two_runs(first, only_bits, ("a", "c")))
+    assert [title for title in common if title.endswith("c")] == [
+        "bits of weight: c", "bits of input: c",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no gates in common"):
+        plot_two_runs(made_bundle(HALF, seed=3), only_bits, ("d", "c"))
 
 
 def test_pictures_of_a_run(command, tmp_path):
