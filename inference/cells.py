@@ -12,7 +12,9 @@ import resource
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,13 @@ from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.finetune import finetune, quiet
 
-GATED = ("r", "q", "qr")
+FINETUNED: dict[str, dict[str, Any]] = {
+    "r": {"method": "r"},
+    "q": {"method": "q"},
+    "qr": {"method": "qr"},
+    "lora_normal": {"method": "lora", "weight_posterior": "normal"},
+}
+"""Methods that are ours, and what each sets of `PosteriorConfig`; the others are baselines."""
 
 
 def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, float]:
@@ -30,7 +38,7 @@ def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, f
     Parameters
     ----------
     method : str
-        One of `GATED`, or a baseline.
+        One of `FINETUNED`, or a baseline.
     words : sequence of str
         Options of `bayes-lora finetune`, without the output folder.
     folder : Path
@@ -78,9 +86,9 @@ def train_cell(method: str, words: Sequence[str], folder: Path) -> None:
     """Train one cell, in this process; its metrics also say how much memory it took."""
     quiet()
     config = _config(words, folder)
-    if method in GATED:
-        config.posterior.method = method  # type: ignore[assignment]
-        metrics = finetune(config)
+    if method in FINETUNED:
+        posterior = replace(config.posterior, **FINETUNED[method])
+        metrics = finetune(replace(config, posterior=posterior))
     else:
         from bayes_lora.inference.train_baseline import train_baseline, truncated_lora  # needs PEFT
 

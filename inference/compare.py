@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayes_lora.errors import InputError
-from bayes_lora.inference.cells import GATED, in_a_process
+from bayes_lora.inference.cells import FINETUNED, in_a_process
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.comparison import Cell, collect, markdown, plot_comparison, table
 from bayes_lora.inference.config import parse
@@ -27,7 +27,7 @@ from bayes_lora.inference.published import BACKBONE, as_published, published_sco
 
 METHODS = (
     "full", "bitfit", "houlsby", "pfeiffer", "lora", "adalora",
-    "adalora_published", "lora_8bit", "lora_4bit", *GATED, "lora_svd",
+    "adalora_published", "lora_8bit", "lora_4bit", *FINETUNED, "lora_svd",
 )  # fmt: skip
 GRIDS = {"full": (2e-5, 5e-5, 1e-4)}
 GRID = (3e-4, 1e-3, 3e-3)  # of all that train few weights
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if "adalora_published" in options.methods:
             published_rate([*words, "--task", task])
     beside = BACKBONE in str(config.network.backbone).lower()
-    if importlib.util.find_spec("peft") is None and not set(options.methods) <= set(GATED):
+    if importlib.util.find_spec("peft") is None and not set(options.methods) <= set(FINETUNED):
         raise InputError("LoRA and AdaLoRA are PEFT's: pip install 'bayes-lora[compare]'")
     out: Path = options.output_dir
     cells: list[Cell] = []

@@ -14,6 +14,7 @@ COLUMNS = {
     "score": ("score", ".3f"),
     "nll": ("NLL, nats", ".3f"),
     "ece": ("ECE", ".3f"),
+    "averaged_score": ("score, averaged", ".3f"),
     "averaged_nll": ("NLL, averaged", ".3f"),
     "averaged_ece": ("ECE, averaged", ".3f"),
     "trainable_parameters": ("trained", ",.0f"),
