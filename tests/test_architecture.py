@@ -24,9 +24,9 @@ FORBIDDEN = {
 LEVELS = [
     ["errors"],
     ["distributions", "gated_normal", "gates", "point_mass", "quantization", "targets"],
-    ["flat_weights", "layers"],
+    ["flat_weights", "layers", "packing"],
     ["network"],
-    ["costs"],
+    ["costs", "decided"],
     ["__init__"],
 ]
 LONGEST = 300  # lines
