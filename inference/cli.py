@@ -22,6 +22,12 @@ def _diagnose(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _decide(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.decide import run
+
+    run(arguments)
+
+
 def _costs(arguments: Sequence[str]) -> None:
     from bayes_lora.inference.costs import run
 
@@ -43,6 +49,7 @@ def _compare(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": _finetune,
     "diagnose": _diagnose,
+    "decide": _decide,
     "costs": _costs,
     "frontier": _frontier,
     "compare": _compare,
@@ -53,6 +60,7 @@ USAGE = """usage: bayes-lora COMMAND [--help] ...
 commands:
   finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI
   diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html
+  decide     ranks and bits of a finished run anew, under a budget, without training
   costs      what a network of any size would cost, from its configuration alone
   frontier   score against bit operations, over several prices
   compare    methods, tasks and seeds: LoRA, AdaLoRA and others beside Bayesian LoRA"""

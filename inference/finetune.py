@@ -3,9 +3,10 @@
     config -> data -> network with adapters -> model and guide -> SVI -> decision -> metrics
 
 What the output folder holds afterwards: config.yaml, history.csv (nats per example, one line a
-step), metrics.json, table.txt, rank_and_bits.png, posterior.nc (draws of the posterior, for
-ArviZ), guide.safetensors (posterior of weights and gates) and head.safetensors (trained head,
-likelihood, ranges of the quantizers). With restarts, every one has such a folder inside, and
+step), metrics.json, decision.json and table.txt (rank and bits of every layer), rank_and_bits.png,
+posterior.nc (draws of the posterior, for ArviZ), task.json (what labels mean), guide.safetensors
+(posterior of weights and gates) and head.safetensors (trained head, likelihood, ranges of the
+quantizers). With restarts, every one has such a folder inside, and
 posterior.nc has them as chains.
 """
 
@@ -38,6 +39,7 @@ from bayes_lora.inference.budget import TOLERANCE, meet_budget
 from bayes_lora.inference.bundle import combine, read_bundle, write_bundle
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
+from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, write_decision
 from bayes_lora.inference.draws import draw_prior, quantities
 from bayes_lora.inference.files import (
     check_free,
@@ -56,6 +58,7 @@ from bayes_lora.inference.prepared import prepare
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.table import prior_table, rank_and_bits_table
 from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
+from bayes_lora.inference.trained import write_task
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import Priors
@@ -63,8 +66,10 @@ from bayes_lora.models.priors import Priors
 DIAGNOSIS = ("diagnosis.json", "report.html")  # of `bayes-lora diagnose`: an old one must go
 OUTPUTS = (
     "config.yaml",
+    "task.json",
     "history.csv",
     "metrics.json",
+    "decision.json",
     "table.txt",
     "rank_and_bits.png",
     "guide.safetensors",
@@ -153,6 +158,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     resolved = resolve(config, task.name, optimisation.gate_learning_rate, model.priors)
     header = [f"priors: {model.priors}", f"classes: {', '.join(task.label_names) or 'none'}"]
     write_text(folder / "config.yaml", resolved.to_yaml(header))
+    write_task(folder / "task.json", task, len(train))
     unsettled: dict[str, float] = {}
     iterations = ceil(config.posterior.refine_epochs * len(data.batches) / DRAWS)
 
@@ -186,6 +192,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
             write_tensors(folder / "guide.safetensors", dict(guide.state_dict()))
             write_tensors(folder / "head.safetensors", trained_state(model))
 
+    write_decision(folder / "decision.json", model.network, gates, MORE_PROBABLE_SIDE)
     end = history.last(len(data.batches))
     decided = totals(model.network, *gates)
     share = decided["relative_bops_32"]

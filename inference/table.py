@@ -33,7 +33,7 @@ def rank_and_bits_table(network: AdaptedNetwork, probabilities: Gates, decision:
         One line a layer. A cell is the decided rank, or bits, and its posterior probability
         in per cent, exact under the guide: `6 97%`.
     """
-    columns: dict[str, list[str]] = {"layer": _short_names(network.specs)}
+    columns: dict[str, list[str]] = {"layer": short_names(network.specs)}
     if probabilities.rank_gate is not None and decision.rank_gate is not None:
         chosen = network.structure(decision.rank_gate).sum(-1).long()
         distribution = rank_probabilities(probabilities.rank_gate, network.structure)
@@ -70,7 +70,7 @@ def prior_table(network: AdaptedNetwork, draws: Mapping[str, NDArray[np.number]]
         One line a layer with the prior mean and standard deviation of its rank and bits; then the
         share of bit operations.
     """
-    columns: dict[str, list[str]] = {"layer": _short_names(network.specs)}
+    columns: dict[str, list[str]] = {"layer": short_names(network.specs)}
     if "rank" in draws:
         columns["rank"] = _spread(draws["rank"])
     if "bits" in draws:
@@ -99,7 +99,7 @@ def _cells(values: Tensor, index: Tensor, distribution: Tensor) -> list[str]:
     return [f"{v} {p:4.0%}" for v, p in zip(values.tolist(), probability.tolist(), strict=True)]
 
 
-def _short_names(specs: Sequence[LayerSpec]) -> list[str]:
+def short_names(specs: Sequence[LayerSpec]) -> list[str]:
     """Leave out what all paths begin with, but not the number of a block."""
     parts = [spec.path.split(".") for spec in specs]
     most = min(len(spec.block.split(".")) - 1 for spec in specs)

@@ -124,13 +124,19 @@ class GateGuide(PyroModule):
         return Gates(self.rank_logits, self.bit_logits).map(torch.sigmoid)
 
     @torch.no_grad()
-    def decision(self) -> Gates:
+    def decision(self, least: float = 0.5) -> Gates:
         """Posterior median of every rank and bit width, as gates of 0 and 1.
 
         Of nested gates a component is on if it is more probably reached than not, so that rank k
         is decided only if P(rank >= k) > 1/2; of independent ones as many are on as the median
         of their number says, the most probable first. Gates that are nearly certain decide
         alike one by one.
+
+        Parameters
+        ----------
+        least : float
+            Component k, or level k, is kept if P(rank >= k), or that of the level, is above this;
+            at 1/2, the median.
 
         Returns
         -------
@@ -139,13 +145,13 @@ class GateGuide(PyroModule):
         """
         rank, bits = self.open_probabilities()
         return Gates(
-            None if rank is None else open_up_to_median(rank, self._structure),
-            None if bits is None else open_up_to_median(bits, nested),
+            None if rank is None else open_up_to_quantile(rank, self._structure, least),
+            None if bits is None else open_up_to_quantile(bits, nested, least),
         )
 
 
-def open_up_to_median(probs: Tensor, structure: GateStructure) -> Tensor:
-    """Open as many gates as the median of their number says.
+def open_up_to_quantile(probs: Tensor, structure: GateStructure, least: float = 0.5) -> Tensor:
+    """Open as many gates as are needed with more than this probability.
 
     Parameters
     ----------
@@ -153,6 +159,8 @@ def open_up_to_median(probs: Tensor, structure: GateStructure) -> Tensor:
         P(gate is open), shape (..., R).
     structure : {nested, independent}
         Which gates are the first to open: the leading ones, or the most probable ones.
+    least : float
+        Gate number k opens if P(number of open gates >= k) is above this; at 1/2, their median.
 
     Returns
     -------
@@ -162,14 +170,16 @@ def open_up_to_median(probs: Tensor, structure: GateStructure) -> Tensor:
     Examples
     --------
     >>> from bayes_lora.gates import independent
-    >>> open_up_to_median(torch.tensor([0.9, 0.6, 0.6]), nested)  # 0.9, 0.54, 0.32
+    >>> open_up_to_quantile(torch.tensor([0.9, 0.6, 0.6]), nested)  # 0.9, 0.54, 0.32
     tensor([1., 1., 0.])
-    >>> open_up_to_median(torch.tensor([0.3, 0.6, 0.9]), independent)
+    >>> open_up_to_quantile(torch.tensor([0.9, 0.6, 0.6]), nested, least=0.8)
+    tensor([1., 0., 0.])
+    >>> open_up_to_quantile(torch.tensor([0.3, 0.6, 0.9]), independent)
     tensor([0., 1., 1.])
     """
     if structure is nested:
-        return (nested(probs) > 0.5).float()
+        return (nested(probs) > least).float()
     at_most = rank_probabilities(probs, structure).cumsum(-1)[..., :-1]
-    median = (at_most < 0.5).sum(-1, keepdim=True)
+    needed = (at_most < 1 - least).sum(-1, keepdim=True)
     place = probs.argsort(dim=-1, descending=True).argsort(dim=-1)
-    return (place < median).float()
+    return (place < needed).float()

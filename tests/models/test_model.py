@@ -10,7 +10,7 @@ from pyro.optim import ClippedAdam
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import independent
 from bayes_lora.inference.elbo import TermwiseELBO
-from bayes_lora.models.guides import GateGuide, open_up_to_median
+from bayes_lora.models.guides import GateGuide, open_up_to_quantile
 from bayes_lora.models.likelihoods import Classification, Regression
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import CostWeightedGates, GibbsGates, IndependentGates, Priors
@@ -202,7 +202,7 @@ def test_a_price_or_budget_that_means_nothing_is_refused(wrong):
 def test_independent_gates_are_decided_at_the_median_of_their_number():
     probs = torch.tensor([[0.55] * 8, [0.9, 0.1, 0.2, 0.6, 0.1, 0.1, 0.1, 0.1]])
     draws = torch.bernoulli(probs.expand(20_001, 2, 8)).sum(-1).median(0).values
-    decided = open_up_to_median(probs, independent)
+    decided = open_up_to_quantile(probs, independent)
     assert decided.sum(-1).tolist() == draws.tolist() == [4, 2]
     assert decided[1].tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
 

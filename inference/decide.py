@@ -1,0 +1,162 @@
+"""Decide ranks and bits anew, without training: `bayes-lora decide RUN [--max_bops 0.03]`.
+
+Without a budget every gate goes to its more probable side. What is decided is written to
+RUN/decision.json, where `export` and `predict` look; the rest of the run stays as it was trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import logit
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
+
+from bayes_lora.costs import FULL_BITS, bit_operations, totals
+from bayes_lora.errors import InputError
+from bayes_lora.inference.allocation import allocate, gains, layer_bops, layer_bytes
+from bayes_lora.inference.batches import evaluation_batches
+from bayes_lora.inference.bundle import read_bundle
+from bayes_lora.inference.cli import Parser, report_errors
+from bayes_lora.inference.config import data_seed
+from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, describe, write_decision
+from bayes_lora.inference.finetune import quiet
+from bayes_lora.inference.metrics import evaluate_predictions
+from bayes_lora.inference.predict import predict
+from bayes_lora.inference.table import short_names
+from bayes_lora.inference.trained import Trained, read_run
+from bayes_lora.models.model import Gates
+
+
+def within_bops(run: Trained, worth: Gates, share: float) -> tuple[Gates, float]:
+    """Decision of least expected loss within a share of the bit operations at 32 x 32 bits."""
+    network = run.model.network
+    rest = network.frozen_macs * FULL_BITS**2
+    budget = share * (float(bit_operations(network).double().sum()) + rest) - rest
+    return allocate(network, run.guide.decision(), worth, layer_bops, budget)
+
+
+def within_bytes(run: Trained, worth: Gates, size: float) -> tuple[Gates, float]:
+    """Decision of least expected loss whose adapters, A, e and B, take so many bytes at most."""
+    return allocate(run.model.network, run.guide.decision(), worth, layer_bytes, size)
+
+
+def evidence(run: Trained) -> Gates:
+    """Log likelihood that every further component and level gains, as the posterior has it; nats.
+
+    What gates would be without data depends on the prior that the run ended with, so it comes from
+    the run's bundle.
+
+    Raises
+    ------
+    InputError
+        If the bundle cannot be read.
+    """
+    path = run.folder / "posterior.nc"
+    try:
+        stats = read_bundle(path)["sample_stats"]
+        without = [
+            None
+            if logits is None
+            else torch.from_numpy(logit(stats[f"{name}_without_data"][0].to_numpy().astype(float)))
+            for name, logits in (("rank", run.guide.rank_logits), ("bit", run.guide.bit_logits))
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read {path} ({error})") from error
+    model, guide = run.model, run.guide
+    refined = run.config.posterior.refine_epochs > 0
+    priors = Gates(model.rank_prior_logits, model.bit_prior_logits) if refined else None
+    logits = Gates(guide.rank_logits, guide.bit_logits)
+    return gains(logits, Gates(*without), priors, model.network.structure)
+
+
+def changes(run: Trained, new: Gates) -> list[str]:
+    """One line for every layer of which something changes."""
+    network, lines = run.model.network, []
+    before, after = describe(network, run.gates), describe(network, new)
+    names = short_names(network.specs)
+    for name, old, now in zip(names, before.values(), after.values(), strict=True):
+        parts = []
+        ranks = [len(layer.get("components", ())) for layer in (old, now)]
+        if ranks[0] != ranks[1]:
+            parts.append(f"rank {ranks[0]} -> {ranks[1]}")
+        bits = old.get("bits", {})
+        parts += [f"{t} {b} -> {now['bits'][t]}" for t, b in bits.items() if b != now["bits"][t]]
+        if parts:
+            lines.append(f"{name:32} {', '.join(parts)}")
+    return lines
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Decide as the command line says; print what changes, and the score before and after."""
+    parser = Parser(
+        prog="bayes-lora decide",
+        description="Decide ranks and bits of a finished run anew, without training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="output folder of bayes-lora finetune")
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument("--max_bops", type=float, help="share of the bit operations at 32 x 32 bits")
+    rule.add_argument("--max_bytes", type=float, help="of all adapters, A, e and B at their bits")
+    rule.add_argument(
+        "--min_probability", type=float, help="that a component or a level is needed; 0.5 to 1"
+    )
+    options = parser.parse_args(arguments)
+    for name, most in (("max_bops", 1.0), ("max_bytes", np.inf)):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < most:
+            raise InputError(
+                f"{name} is {value:g}: give a number > 0{' and < 1' if most == 1 else ''}"
+            )
+    least = options.min_probability
+    if least is not None and not 0.5 <= least < 1:
+        # the network settled without what is less probable than not: its weights are not trained
+        raise InputError(f"min_probability is {least:g}: give one from 0.5 to below 1")
+    quiet()
+    found = read_run(options.run)
+    if not found.model.gated:
+        raise InputError(f"{options.run} has no gates to decide: it was trained with --method lora")
+    loss = None
+    if options.max_bops is not None:
+        new, loss = within_bops(found, evidence(found), options.max_bops)
+        by = f"max_bops {options.max_bops:g}"
+    elif options.max_bytes is not None:
+        new, loss = within_bytes(found, evidence(found), options.max_bytes)
+        by = f"max_bytes {options.max_bytes:g}"
+    else:
+        new = found.guide.decision(0.5 if least is None else least)
+        by = MORE_PROBABLE_SIDE if least is None else f"min_probability {least:g}"
+    print("\n".join(changes(found, new)) or "nothing changes")
+    print(f"\n{'':28}{'before':>12}{'after':>12}")
+    rows = [
+        judge(found, gates) for gates in tqdm((found.gates, new), desc="validate", disable=None)
+    ]
+    for name in rows[0]:
+        print(f"{name:28}" + "".join(f"{row[name]:>12.5g}" for row in rows))
+    if loss is not None:
+        print(f"expected loss of log likelihood on the training set: {loss:.1f} nats")
+    path = options.run / "decision.json"
+    write_decision(path, found.model.network, new, by)
+    print(f"Written to {path}; `bayes-lora decide {options.run}` goes back to {MORE_PROBABLE_SIDE}")
+
+
+def judge(run: Trained, gates: Gates) -> dict[str, float]:
+    """Score and NLL on the validation set, and costs, at a decision."""
+    config = run.config
+    _, _, validation = load_task(config.data, data_seed(config.training))
+    tokens = tokenize(validation, run.task, run.tokenizer, config.data.max_length)
+    collate = DataCollatorWithPadding(run.tokenizer)
+    prediction = predict(run.model, run.guide, evaluation_batches(tokens, collate), gates)
+    metrics = evaluate_predictions(run.task, *prediction, np.asarray(tokens["labels"][:]))
+    costs = totals(run.model.network, *gates)
+    shown = ("relative_bops_32", "relative_bops_16", "adapter_bytes", "mean_rank")
+    return {name: metrics[name] for name in ("score", "nll", "ece")} | {n: costs[n] for n in shown}
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(run, sys.argv[1:]))

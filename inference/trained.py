@@ -1,0 +1,132 @@
+"""A finished run, read back from its folder: model and posterior, task, and the decision."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.assemble import assemble, configured_priors
+from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.config import FinetuneConfig, parse
+from bayes_lora.inference.decision import read_decision
+from bayes_lora.inference.files import restarts, write_text
+from bayes_lora.inference.tasks import Task
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Classification, Regression
+from bayes_lora.models.model import BayesianLoRA, Gates
+
+NEEDED = ("config.yaml", "task.json", "decision.json", "guide.safetensors", "head.safetensors")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it was read from.
+    config : FinetuneConfig
+        As it was trained.
+    task : Task
+        What texts and labels mean.
+    tokenizer : PreTrainedTokenizerBase
+        Of the backbone.
+    model, guide : BayesianLoRA, GateGuide
+        The trained pair, on the CPU, without dropout.
+    gates : Gates
+        The decision: 0 or 1, shapes (L, R) and (L, T, K).
+    """
+
+    folder: Path
+    config: FinetuneConfig
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: BayesianLoRA
+    guide: GateGuide
+    gates: Gates
+
+
+def read_run(folder: Path) -> Trained:
+    """Read back what `bayes-lora finetune` left.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no finished run, or several restarts, or a file of it is damaged.
+    """
+    if inner := restarts(folder):
+        names = ", ".join(str(path) for path in inner)
+        raise InputError(f"{folder} holds several restarts: name one of {names}")
+    if missing := [name for name in NEEDED if not (folder / name).is_file()]:
+        raise InputError(
+            f"{folder} is not the folder of a finished run, it has no {missing[0]}: give one that "
+            "bayes-lora finetune wrote"
+        )
+    config = parse(["--config", str(folder / "config.yaml"), "--output_dir", str(folder)])
+    task, num_examples = read_task(folder / "task.json")
+    backbone = load_backbone(config.network.backbone, task.num_labels)
+    with pyro.settings.context(module_local_params=True):
+        likelihood: PyroModule = Regression() if task.is_regression else Classification()
+        model, guide = assemble(
+            config, backbone, likelihood, configured_priors(config), num_examples
+        )
+        _fill(guide, _tensors(folder / "guide.safetensors"), "guide.safetensors")
+        _fill(model, _tensors(folder / "head.safetensors"), "head.safetensors")
+    gates = read_decision(folder / "decision.json", model.network)
+    return Trained(folder, config, task, backbone.tokenizer, model.eval(), guide, gates)
+
+
+def write_task(path: Path, task: Task, num_examples: int) -> None:
+    """Write what texts and labels mean, and how many examples were trained on."""
+    content = asdict(task) | {"training_examples": num_examples}
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_task(path: Path) -> tuple[Task, int]:
+    """Read what `write_task` wrote.
+
+    Raises
+    ------
+    InputError
+        If the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = {f.name: content[f.name] for f in fields(Task)}
+        lists = {name: tuple(v) for name, v in found.items() if isinstance(v, list)}
+        return Task(**found | lists), int(content["training_examples"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): train again") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path} ({error}): train again") from error
+
+
+@torch.no_grad()
+def _fill(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Put every saved tensor in its place; all that is trained must be there."""
+    known: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
+    lost = [n for n, p in module.named_parameters() if p.requires_grad and n not in state]
+    wrong = [n for n, t in state.items() if n not in known or known[n].shape != t.shape]
+    if found := lost + wrong:
+        raise InputError(
+            f"{name} does not go with the backbone and the configuration of this run: {found[0]}"
+        )
+    for parameter, tensor in state.items():
+        known[parameter].copy_(tensor)

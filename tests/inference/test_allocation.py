@@ -1,0 +1,125 @@
+"""What gates are worth, against sums over all ranks; allocation, against every configuration."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_lora.costs import adapter_bytes, bit_operations
+from bayes_lora.errors import InputError
+from bayes_lora.gates import independent, nested
+from bayes_lora.inference.allocation import allocate, gains, layer_bops, layer_bytes, lower_hull
+from bayes_lora.models.model import Gates
+from bayes_lora.network import AdaptedNetwork
+
+
+def test_gains_of_the_exact_posterior_are_the_differences_of_the_log_likelihood():
+    """Five nested gates with any log likelihood of the rank: the guide can be exact."""
+    value = torch.tensor([0.0, 3.0, 2.5, 4.0, 4.2, 3.1], dtype=torch.double)
+    prior = torch.tensor([0.4, -1.0, 0.3, 0.0, -2.0], dtype=torch.double)
+    probs = prior.sigmoid()
+    log_prior = torch.cat([torch.ones(1).double(), probs.cumprod(0)]).log()
+    log_prior[:-1] += (1 - probs).log()
+    weights = (log_prior + value).exp()
+    at_least = weights.flip(0).cumsum(0).flip(0)
+    posterior = (at_least[1:] / at_least[:-1]).logit()
+    found = gains(
+        Gates(posterior[None]), Gates(prior[None]), Gates(prior[None]), nested
+    ).rank_gate[0]  # fmt: skip
+    torch.testing.assert_close(found, value.diff())
+
+
+def test_gains_of_independent_gates_are_the_differences_of_the_logits():
+    posterior, prior = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[0.3, 0.3, -0.2]])
+    for priors in (None, Gates(prior)):
+        found = gains(Gates(posterior), Gates(prior), priors, independent).rank_gate
+        torch.testing.assert_close(found, (posterior - prior).double())
+
+
+@pytest.fixture
+def case(backbone):
+    """Two layers of rank 2, three tensors of two widths: 3 or 4 times 8 settings of each."""
+
+    def make(structure=nested):
+        network = AdaptedNetwork(
+            backbone(num_hidden_layers=1), rank=2, alpha=4.0, num_levels=1, structure=structure,
+            target_modules=r".*(query|intermediate\.dense)",
+            quantized_tensors=("weight", "A", "input"),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(3)
+        worth = Gates(
+            10 * torch.rand(2, 2, generator=generator).double() - 2,
+            10 * torch.rand(2, 3, 1, generator=generator).double() - 2,
+        )
+        decided = Gates(torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.ones(2, 3, 1))
+        decided.bit_gate[0, 1, 0] = 0.0
+        return network, decided, worth
+
+    return make
+
+
+def everything(network, decided):
+    """All decisions that open nothing more."""
+    chains = [
+        [
+            torch.tensor(row)
+            for row in itertools.product(*([0.0, 1.0] if g else [0.0] for g in gate))
+        ]
+        for gate in [*decided.rank_gate, *decided.bit_gate.flatten(0, 1)]
+    ]
+    chains = [
+        rows
+        if i < 2 and network.structure is independent
+        else [row for row in rows if torch.equal(row, row.cumprod(0))]
+        for i, rows in enumerate(chains)
+    ]
+    for rows in itertools.product(*chains):
+        yield Gates(torch.stack(rows[:2]), torch.stack(rows[2:]).view(2, 3, 1))
+
+
+def lost(decided, worth, gates):
+    pairs = zip(decided, worth, gates, strict=True)
+    return float(sum(((d - g).double() * w).sum() for d, w, g in pairs))
+
+
+@pytest.mark.parametrize("structure", [nested, independent])
+@pytest.mark.parametrize(
+    ("cost", "count"), [(layer_bops, bit_operations), (layer_bytes, adapter_bytes)]
+)
+def test_every_budget_is_met_at_the_least_loss_of_its_cost(case, structure, cost, count):
+    network, decided, worth = case(structure)
+
+    def cost_of(gates):
+        return float(count(network, *gates).double().sum())
+
+    all_of = [(cost_of(g), lost(decided, worth, g)) for g in everything(network, decided)]
+    least, most = min(c for c, _ in all_of), cost_of(decided)
+    used = []
+    for budget in np.linspace(least, most, 23):
+        gates, loss = allocate(network, decided, worth, cost, budget)
+        used.append(cost_of(gates))
+        assert used[-1] <= budget * (1 + 1e-9)
+        assert all((g <= d).all() for g, d in zip(gates, decided, strict=True))
+        assert loss == pytest.approx(lost(decided, worth, gates), abs=1e-9)
+        if budget < most:  # no other decision of this cost, or less, loses less
+            assert loss <= min(value for c, value in all_of if c <= used[-1] + 1e-9) + 1e-9
+    assert used == sorted(used)  # a tighter budget never uses more
+    assert len(set(used)) > 2
+    assert allocate(network, decided, worth, cost, most)[0] is decided
+    if least > 0:
+        with pytest.raises(InputError, match="left with every gate closed"):
+            allocate(network, decided, worth, cost, least * 0.999)
+
+
+def test_the_hull_is_the_one_of_all_lines_below():
+    generator = np.random.default_rng(5)
+    costs, losses = generator.integers(0, 30, 200) / 2, generator.normal(size=200)
+    hull = lower_hull(costs, losses)
+    assert losses[hull[-1]] == losses.min()
+    assert costs[hull[0]] == costs.min()
+    for slope in np.geomspace(1e-3, 1e3, 50):  # every line touches a corner first
+        assert (losses + slope * costs).min() == (losses + slope * costs)[hull].min()
+    slopes = np.diff(losses[hull]) / np.diff(costs[hull])
+    assert (np.diff(slopes) > 0).all()
+    assert (slopes < 0).all()
