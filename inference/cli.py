@@ -28,6 +28,12 @@ def _decide(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _export(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.export import run
+
+    run(arguments)
+
+
 def _costs(arguments: Sequence[str]) -> None:
     from bayes_lora.inference.costs import run
 
@@ -50,6 +56,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "finetune": _finetune,
     "diagnose": _diagnose,
     "decide": _decide,
+    "export": _export,
     "costs": _costs,
     "frontier": _frontier,
     "compare": _compare,
@@ -61,6 +68,7 @@ commands:
   finetune   fine-tune a transformer; rank and bits of its adapters are inferred by SVI
   diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html
   decide     ranks and bits of a finished run anew, under a budget, without training
+  export     a finished run for PEFT, for transformers, or packed in its own bits
   costs      what a network of any size would cost, from its configuration alone
   frontier   score against bit operations, over several prices
   compare    methods, tasks and seeds: LoRA, AdaLoRA and others beside Bayesian LoRA"""

@@ -14,22 +14,18 @@ import numpy as np
 import torch
 from scipy.special import logit
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding
 
 from bayes_lora.costs import FULL_BITS, bit_operations, totals
 from bayes_lora.errors import InputError
 from bayes_lora.inference.allocation import allocate, gains, layer_bops, layer_bytes
-from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import Parser, report_errors
-from bayes_lora.inference.config import data_seed
-from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, describe, write_decision
 from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.table import short_names
-from bayes_lora.inference.trained import Trained, read_run
+from bayes_lora.inference.trained import Trained, read_run, validation
 from bayes_lora.models.model import Gates
 
 
@@ -146,13 +142,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 
 def judge(run: Trained, gates: Gates) -> dict[str, float]:
-    """Score and NLL on the validation set, and costs, at a decision."""
-    config = run.config
-    _, _, validation = load_task(config.data, data_seed(config.training))
-    tokens = tokenize(validation, run.task, run.tokenizer, config.data.max_length)
-    collate = DataCollatorWithPadding(run.tokenizer)
-    prediction = predict(run.model, run.guide, evaluation_batches(tokens, collate), gates)
-    metrics = evaluate_predictions(run.task, *prediction, np.asarray(tokens["labels"][:]))
+    """Score, NLL and ECE on the validation set, and costs, at a decision."""
+    loader, labels = validation(run)
+    prediction = predict(run.model, run.guide, loader, gates)
+    metrics = evaluate_predictions(run.task, *prediction, labels)
     costs = totals(run.model.network, *gates)
     shown = ("relative_bops_32", "relative_bops_16", "adapter_bytes", "mean_rank")
     return {name: metrics[name] for name in ("score", "nll", "ece")} | {n: costs[n] for n in shown}

@@ -101,6 +101,17 @@ def draw_prior(model: BayesianLoRA, draws: int, generator: torch.Generator) -> G
     return gates(tuple(state))
 
 
+@torch.no_grad()
+def draw_weights(model: BayesianLoRA, guide: GateGuide, gates: Gates) -> Tensor:
+    """Adapter weights at a draw of the gates: where a component is closed, from the prior."""
+    drawn = guide.adapter_weights().sample()
+    if guide.log_scale is None or gates.rank_gate is None:
+        return drawn
+    used = model.network.structure(gates.rank_gate).flatten()[guide.component.cpu()]
+    prior = model.priors.adapter_weights(model.network).sample()
+    return torch.where(used.to(drawn.device) > 0, drawn, prior)
+
+
 def quantities(network: AdaptedNetwork, gates: Gates, draws: int) -> dict[str, NDArray[Any]]:
     """Gates, rank, bits and relative bit operations of every draw, first axis S."""
     values: dict[str, Tensor] = {}

@@ -12,7 +12,13 @@ from datasets import Dataset
 
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.bundle import Draws, InferenceData, bundle
-from bayes_lora.inference.draws import draw_posterior, draw_prior, log_probability, unbound
+from bayes_lora.inference.draws import (
+    draw_posterior,
+    draw_prior,
+    draw_weights,
+    log_probability,
+    unbound,
+)
 from bayes_lora.inference.history import History
 from bayes_lora.inference.predict import Prediction, draw_labels, log_likelihood, predict_draws
 from bayes_lora.inference.tasks import Task
@@ -70,7 +76,7 @@ def sample_posterior(
     kept = POSTERIOR_DRAWS
     everything = draw_posterior(guide, max(kept, draws), generator)
     held = unbound(everything, max(kept, draws))
-    weights = [_draw_weights(model, guide, each) for each in held]
+    weights = [draw_weights(model, guide, each) for each in held]
     gates = everything.map(lambda gate: gate[:kept])
     index = np.linspace(0, len(train) - 1, min(TRAINING_EXAMPLES, len(train))).astype(int)
     chosen = train.select(index)
@@ -125,17 +131,6 @@ def sample_posterior(
         },
     )
     return found, predicted
-
-
-@torch.no_grad()
-def _draw_weights(model: BayesianLoRA, guide: GateGuide, gates: Gates) -> torch.Tensor:
-    """Adapter weights at a draw of the gates: where a component is closed, from the prior."""
-    drawn = guide.adapter_weights().sample()
-    if guide.log_scale is None or gates.rank_gate is None:
-        return drawn
-    used = model.network.structure(gates.rank_gate).flatten()[guide.component.cpu()]
-    prior = model.priors.adapter_weights(model.network).sample()
-    return torch.where(used.to(drawn.device) > 0, drawn, prior)
 
 
 @torch.no_grad()

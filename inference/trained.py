@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
+from numpy.typing import NDArray
 from pyro.nn import PyroModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors
 from bayes_lora.inference.backbone import load_backbone
-from bayes_lora.inference.config import FinetuneConfig, parse
+from bayes_lora.inference.batches import evaluation_batches
+from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
+from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.decision import read_decision
 from bayes_lora.inference.files import restarts, write_text
 from bayes_lora.inference.tasks import Task
@@ -88,6 +94,20 @@ def read_run(folder: Path) -> Trained:
     return Trained(folder, config, task, backbone.tokenizer, model.eval(), guide, gates)
 
 
+def validation(run: Trained) -> tuple[DataLoader, NDArray[np.number]]:
+    """Batches of the validation set that the run had, and its labels.
+
+    Raises
+    ------
+    InputError
+        If the data are no longer there.
+    """
+    _, _, examples = load_task(run.config.data, data_seed(run.config.training))
+    tokens = tokenize(examples, run.task, run.tokenizer, run.config.data.max_length)
+    loader = evaluation_batches(tokens, DataCollatorWithPadding(run.tokenizer))
+    return loader, np.asarray(tokens["labels"][:])
+
+
 def write_task(path: Path, task: Task, num_examples: int) -> None:
     """Write what texts and labels mean, and how many examples were trained on."""
     content = asdict(task) | {"training_examples": num_examples}
@@ -104,11 +124,16 @@ def read_task(path: Path) -> tuple[Task, int]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = {f.name: content[f.name] for f in fields(Task)}
-        lists = {name: tuple(v) for name, v in found.items() if isinstance(v, list)}
-        return Task(**found | lists), int(content["training_examples"])
+        return task_of(content), int(content["training_examples"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): train again") from error
+
+
+def task_of(content: Mapping[str, Any]) -> Task:
+    """The task that JSON describes; what lacks is a KeyError."""
+    found: dict[str, Any] = {f.name: content[f.name] for f in fields(Task)}
+    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return Task(**found)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ FORBIDDEN = {
     "models": [*ABOVE, "bayes_lora.inference"],
     "inference": ABOVE,
 }
+# The one exception: `bayes_lora.load`, imported when it is asked for.
+FRONT_DOOR = {"bayes_lora/__init__.py": ["bayes_lora.inference.loading.load"] * 2}
 # Inside bayes_lora, a module imports from its own level and the ones before.
 LEVELS = [
     ["errors"],
@@ -91,7 +93,8 @@ def test_dependencies_go_one_way(folder):
         show(path): wrong_imports(ast.parse(path.read_text()), folder) for path in files(folder)
     }
     assert found, "no modules found"
-    assert {path: names for path, names in found.items() if names} == {}
+    allowed = {path: names for path, names in FRONT_DOOR.items() if path in found}
+    assert {path: names for path, names in found.items() if names} == allowed
 
 
 @pytest.mark.parametrize("path", files("bayes_lora"), ids=show)

@@ -1,0 +1,78 @@
+"""bayes_lora.json: what an export says of itself, enough to predict with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyro.distributions import Categorical, Normal, TorchDistribution
+from torch import Tensor
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.files import write_text
+from bayes_lora.inference.tasks import Task
+from bayes_lora.inference.trained import task_of
+
+NAME = "bayes_lora.json"
+
+
+class Manifest(NamedTuple):
+    """What an export says of itself.
+
+    Attributes
+    ----------
+    form : str
+        A name in `export.FORMATS`.
+    backbone : str
+        Name on the hub, or folder, of the pretrained model.
+    task : Task
+        What texts and labels mean.
+    max_length : int
+        Tokens of an example at most.
+    noise : float or None
+        Standard deviation of a regression's label, in its units.
+    with_base : bool
+        Whether the frozen weights are in the export.
+    layers : dict
+        By path: sizes, rank, scale and bits of every adapted layer.
+    """
+
+    form: str
+    backbone: str
+    task: Task
+    max_length: int
+    noise: float | None
+    with_base: bool
+    layers: dict[str, dict[str, Any]]
+
+    def distribution(self, logits: Tensor) -> TorchDistribution:
+        """Distribution of the labels (batch,) given the network's output (batch, classes)."""
+        if self.noise is None:
+            return Categorical(logits=logits.float())
+        return Normal(logits.float().squeeze(-1), self.noise)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the file whole or not at all."""
+    content = manifest._asdict() | {"task": asdict(manifest.task)}
+    content["bayes_lora_version"] = version("bayes-lora")
+    write_text(folder / NAME, json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what `write_manifest` wrote.
+
+    Raises
+    ------
+    InputError
+        If the file is not there, or damaged.
+    """
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content["task"] = task_of(content["task"])
+        return Manifest(**{name: content[name] for name in Manifest._fields})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / NAME} is damaged ({error}): export again") from error

@@ -1,0 +1,234 @@
+"""Exports on tiny models, read back by stock PEFT, by stock transformers, and by `load`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import bayes_lora
+from bayes_lora.inference import loading
+from bayes_lora.inference.cli import main
+from bayes_lora.inference.decide import judge
+from bayes_lora.inference.trained import read_run, validation
+from bayes_lora.network import Latents
+
+TEXTS = ["the key to the cabinets is here .", "the dogs sings ."]
+
+
+@pytest.fixture
+def run(command, tmp_path, inputs, backbone):
+    """Folder of a run whose gates differ from layer to layer, on the named architecture."""
+
+    def make(kind="bert", **changes):
+        if kind != "bert":
+            folder = tmp_path / kind
+            tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+            backbone(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            changes |= {"backbone": folder, "max_length": 30}
+        code, _, err = command(**{"price": 3, "epochs": 3, "learning_rate": 0.01} | changes)
+        assert code == 0, err
+        decide_at_random(tmp_path / "run")
+        return tmp_path / "run"
+
+    return make
+
+
+def decide_at_random(folder):
+    """Ranks 0 to 3, bits 2 to 16, all of which occur."""
+    path = folder / "decision.json"
+    content = json.loads(path.read_text())
+    draw = np.random.default_rng(3)
+    for index, layer in enumerate(content["layers"].values()):
+        if "components" in layer:
+            layer["components"] = list(range(1, 1 + index % 4))
+        if "bits" in layer:
+            layer["bits"] = {tensor: int(2 ** draw.integers(1, 5)) for tensor in layer["bits"]}
+    path.write_text(json.dumps(content))
+
+
+def logits(run):
+    """Of the gated network at the decision, for one batch of the validation set; and that batch."""
+    batch = dict(next(iter(validation(run)[0])))
+    batch.pop("labels")
+    with torch.no_grad():
+        return run.model.network(batch, Latents(run.guide.loc, *run.gates)), batch
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "roberta"])
+@pytest.mark.parametrize("tensors", [None, "A e B"])
+def test_stock_peft_computes_our_logits(run, tmp_path, kind, tensors):
+    changes = {"method": "r"} if tensors is None else {"quantized_tensors": tensors}
+    folder = run(kind, **changes)
+    assert main(["export", str(folder), "--format", "peft", "--to", str(tmp_path / "peft")]) == 0
+    found = read_run(folder)
+    wanted, batch = logits(found)
+    stock = AutoModelForSequenceClassification.from_pretrained(found.config.network.backbone)
+    adapted = PeftModel.from_pretrained(stock, tmp_path / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batch).logits, wanted, atol=1e-5, rtol=0)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert {*config["rank_pattern"].values(), config["r"]} == {1, 2, 3}
+    assert set(config["alpha_pattern"]) == set(config["rank_pattern"])
+    assert len(config["target_modules"]) == 9
+    state = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert not any(".layer.0.attention.self.query." in name for name in state)  # rank 0
+
+
+@pytest.mark.parametrize("tensors", ["weight A e B", None])
+def test_merged_is_a_transformers_folder(run, tmp_path, tensors, capsys):
+    folder = run(**({"quantized_tensors": tensors} if tensors else {}))
+    assert main(["export", str(folder), "--format", "merged", "--to", str(tmp_path / "m")]) == 0
+    report = json.loads((tmp_path / "m" / "merge_report.json").read_text())
+    wanted, batch = logits(read_run(folder))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        change = float((model(**batch).logits - wanted).abs().max())
+    if tensors:  # no activation is quantized: nothing but rounding
+        assert change < 1e-5
+        assert report["largest_logit_change"] < 1e-5
+    else:
+        assert 1e-5 < change <= report["largest_logit_change"] + 1e-6
+    assert model.config.id2label == {0: "0", 1: "1"}
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "m")) > 4
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"max_bits": 32}, {"method": "r"}], ids=str)
+def test_packed_is_the_network_as_decided(run, tmp_path, with_base, changes):
+    folder = run(**changes)
+    to = tmp_path / "packed"
+    words = ["export", str(folder), "--format", "packed", "--to", str(to)]
+    assert main(words + ["--with_base"] * with_base) == 0
+    found = read_run(folder)
+    wanted, batch = logits(found)
+    again = bayes_lora.load(to)
+    torch.testing.assert_close(again.decided(batch).logits, wanted - wanted.logsumexp(-1, True))
+
+
+def test_a_packed_file_is_as_large_as_its_bits(run, tmp_path):
+    """On a wider model, whose ranges and header weigh less, as on any real one."""
+    folder = run(method="qr")
+    found = read_run(folder)
+    for with_base in (False, True):
+        to = tmp_path / f"packed{with_base}"
+        words = ["export", str(folder), "--format", "packed", "--to", str(to)]
+        assert main(words + ["--with_base"] * with_base) == 0
+        manifest = json.loads((to / "bayes_lora.json").read_text())
+        state = load_file(to / "packed.safetensors")
+        bits = 0
+        for layer in manifest["layers"].values():
+            entries = {
+                "weight": with_base * layer["in"] * layer["out"],
+                "A": layer["rank"] * layer["in"],
+                "e": layer["rank"],
+                "B": layer["rank"] * layer["out"],
+            }
+            bits += sum(-(-n * layer["bits"][t] // 8) * 8 for t, n in entries.items())
+        assert len(state["codes"]) == bits // 8
+    assert found.model.gated
+
+
+def test_load_predicts_as_the_run_does(run, tmp_path):
+    folder = run()
+    found = bayes_lora.load(folder)
+    at_decision = found.predict(TEXTS)
+    assert at_decision["probabilities"].shape == (2, 2)
+    assert (at_decision["entropy_posterior"] == 0).all()
+    averaged = found.predict(TEXTS, draws=6, seed=1)
+    total = averaged["entropy_data"] + averaged["entropy_posterior"]
+    np.testing.assert_allclose(total, averaged["entropy"], atol=1e-6)
+    assert (averaged["entropy_posterior"] > 1e-6).all()
+    again = found.predict(TEXTS, draws=6, seed=1)
+    np.testing.assert_array_equal(again["probabilities"], averaged["probabilities"])
+    found.save_pretrained(tmp_path / "saved")
+    saved = bayes_lora.load(tmp_path / "saved")
+    np.testing.assert_allclose(
+        saved.predict(TEXTS)["probabilities"], at_decision["probabilities"], atol=1e-5
+    )
+    with pytest.raises(bayes_lora.InputError, match="without a posterior"):
+        saved.predict(TEXTS, draws=2)
+    saved.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").exists()
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "packed"])
+def test_a_regression_is_exported_in_units_of_its_labels(run, inputs, tmp_path, form):
+    files = {f"{split}_file": inputs / f"{split}_scores.jsonl" for split in ("train", "validation")}
+    folder = run(**files, method="r")
+    assert main(["export", str(folder), "--format", form, "--to", str(tmp_path / form)]) == 0
+    wanted = bayes_lora.load(folder).predict(TEXTS)
+    found = bayes_lora.load(tmp_path / form).predict(TEXTS)
+    np.testing.assert_allclose(found["label"], wanted["label"], atol=1e-5)
+    np.testing.assert_allclose(found["variance"], wanted["variance"], rtol=1e-5)
+    run_labels = np.asarray(validation(read_run(folder))[1])
+    assert abs(found["label"].mean() - run_labels.mean()) < 3 * run_labels.std()
+
+
+def test_the_card_has_ranks_bits_and_metrics(run, tmp_path):
+    folder = run()
+    assert main(["export", str(folder), "--format", "packed", "--to", str(tmp_path / "p")]) == 0
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    score = judge(read_run(folder), read_run(folder).gates)["score"]
+    assert f"| score | {score:.4g} |" in card
+    assert "| 0.attention.self.query | 0 |" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_hub_gets_the_folder(run, monkeypatch):
+    sent = {}
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            sent["made"] = repo_id, private
+
+        def upload_folder(self, repo_id, folder_path):
+            sent["files"] = sorted(path.name for path in folder_path.iterdir())
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(loading, "HfApi", Api)
+    address = bayes_lora.load(run()).push_to_hub("me/tiny", private=True)
+    assert address == "https://huggingface.co/me/tiny"
+    assert sent["made"] == ("me/tiny", True)
+    assert {"README.md", "bayes_lora.json", "packed.safetensors"} <= set(sent["files"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--format", "peft", "--to", "{}"], "is there already"),
+        (["--format", "onnx", "--to", "{}/x"], "invalid choice"),
+        (["--format", "merged", "--with_base", "--to", "{}/x"], "goes with --format packed"),
+        (["--format", "merged", "--to", "{}/x"], "is not the folder of a finished run"),
+    ],
+)
+def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
+    given = [word.format(tmp_path) for word in words]
+    assert main(["export", str(tmp_path), *given]) == 2
+    error = capsys.readouterr().err
+    assert said in error or said == "is there already"
+    assert error.count("\n") == 1
+
+
+def test_a_folder_that_is_there_is_left_alone(run, tmp_path, capsys):
+    folder = run()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep")
+    assert main(["export", str(folder), "--format", "packed", "--to", str(tmp_path / "mine")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("damage", ["bayes_lora.json", "packed.safetensors"])
+def test_a_damaged_export_is_refused(run, tmp_path, damage):
+    folder = run()
+    to = tmp_path / "packed"
+    assert main(["export", str(folder), "--format", "packed", "--to", str(to)]) == 0
+    (to / damage).write_bytes((to / damage).read_bytes()[:-50])
+    with pytest.raises(bayes_lora.InputError, match="is damaged"):
+        bayes_lora.load(to)
