@@ -34,6 +34,12 @@ def _export(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _predict(arguments: Sequence[str]) -> None:
+    from bayes_lora.inference.predict_file import run
+
+    run(arguments)
+
+
 def _costs(arguments: Sequence[str]) -> None:
     from bayes_lora.inference.costs import run
 
@@ -57,6 +63,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "diagnose": _diagnose,
     "decide": _decide,
     "export": _export,
+    "predict": _predict,
     "costs": _costs,
     "frontier": _frontier,
     "compare": _compare,
@@ -69,6 +76,7 @@ commands:
   diagnose   how sure the posterior of a run is, and whether to believe it: text and report.html
   decide     ranks and bits of a finished run anew, under a budget, without training
   export     a finished run for PEFT, for transformers, or packed in its own bits
+  predict    the rows of a file, with what data and posterior leave open
   costs      what a network of any size would cost, from its configuration alone
   frontier   score against bit operations, over several prices
   compare    methods, tasks and seeds: LoRA, AdaLoRA and others beside Bayesian LoRA"""

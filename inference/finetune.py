@@ -50,6 +50,7 @@ from bayes_lora.inference.files import (
 )
 from bayes_lora.inference.history import History
 from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
+from bayes_lora.inference.peft_adapter import read_peft
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
@@ -140,6 +141,9 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     data = prepare(config)
     task, train, labels = data.task, data.train, data.labels
     model, guide = assemble(config, data.backbone, data.likelihood, priors, len(train))
+    if adapter := config.network.init_adapter:
+        guide.loc.data = read_peft(Path(adapter), model.network, guide.loc.detach())
+        settings = replace(settings, warmup_share=0.0)
     phases = plan(
         data.steps(settings.epochs),
         (settings.warmup_share, settings.anneal_share, settings.joint_share),

@@ -1,22 +1,35 @@
-r"""Adapters of PEFT: ours written as one of theirs.
+r"""Adapters of PEFT: ours written as one of theirs, and theirs as a start for ours.
 
 PEFT's LoRA adds (lora_alpha / r) B A x. With the scales e folded into A, a layer of rank r out of
 R has r = rank and lora_alpha = alpha r / R, so that both have the factor alpha / R. Layers that
 differ from the most common rank are in `rank_pattern` and `alpha_pattern`. PEFT knows no rank 0:
 such layers are in `exclude_modules`.
+
+The other way round, their B A is decomposed into singular vectors, the largest first, as nested
+gates take components in that order; components beyond their rank start as new ones do.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from bayes_lora.decided import DecidedLinear
 from bayes_lora.errors import InputError
+from bayes_lora.flat_weights import split_weights
+from bayes_lora.inference.truncation import singular_components
+from bayes_lora.network import AdaptedNetwork
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def decided_layers(model: nn.Module) -> dict[str, DecidedLinear]:
@@ -93,3 +106,80 @@ def write_peft(model: nn.Module, stock: nn.Module, backbone: str, folder: Path) 
                 mine = f"base_model.model.{module}.modules_to_save.default.{rest}"
                 parameters[mine].copy_(parameter)
     wrapped.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
+    """Adapter weights with which a network computes what it does with a LoRA adapter of PEFT.
+
+    Parameters
+    ----------
+    folder : Path
+        With adapter_config.json and adapter_model.safetensors.
+    network : AdaptedNetwork
+        Its head, and whatever else of the backbone the adapter was saved with, is filled in place.
+    initial : Tensor
+        Flat vector, shape (P,), for what the adapter does not have.
+
+    Returns
+    -------
+    Tensor
+        Flat vector, shape (P,).
+
+    Raises
+    ------
+    InputError
+        If the folder holds no LoRA adapter, or one that this network cannot start from.
+    """
+    config, state = _read(folder)
+    weights = initial.clone()
+    parts = split_weights(weights, network.specs, network.rank)
+    places = {spec.path: part for spec, part in zip(network.specs, parts, strict=True)}
+    for path in (name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)):
+        lora_A, lora_B = state[path + LORA_A], state[path + LORA_B]
+        rank = len(lora_A)
+        if path not in places:
+            raise InputError(f"{folder} adapts {path}, which --target_modules leaves out")
+        if rank > network.rank:
+            raise InputError(f"{folder} has rank {rank} at {path}: give --rank {rank}")
+        A, _, B = places[path]
+        if lora_A.shape[1] != A.shape[1] or len(lora_B) != len(B):
+            raise InputError(f"{folder} is for another backbone: {path} has another size there")
+        left, values, right = singular_components(lora_A.double(), lora_B.double())
+        factor = _scale(config, path, rank) / (network.alpha / network.rank)
+        A[: len(values)] = values.sqrt()[:, None] * right
+        B[:, : len(values)] = factor * left * values.sqrt()
+    trained = dict(network.backbone.named_parameters())
+    for name, tensor in state.items():  # the head
+        if name.endswith((LORA_A, LORA_B)):
+            continue
+        if name not in trained or trained[name].shape != tensor.shape:
+            raise InputError(f"{folder} has {name}, which does not fit this backbone and task")
+        trained[name].copy_(tensor)
+    return weights
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{folder} holds no adapter that PEFT saved as safetensors ({error})"
+        ) from error
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder} holds an adapter of type {config.get('peft_type')}, not LORA")
+    for option in ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication"):
+        if config.get(option):
+            raise InputError(f"{folder} has {option}, which these adapters do not have")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{folder} has trained biases, which these adapters do not have")
+    return config, {name.removeprefix("base_model.model."): t for name, t in state.items()}
+
+
+def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """Factor of B A in PEFT's layer."""
+    patterns = config.get("alpha_pattern") or {}
+    alphas = [a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", path)]
+    alpha = float(alphas[0] if alphas else config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def singular_components(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of B A, of which only an r x r matrix is decomposed.
+
+    Parameters
+    ----------
+    lora_A, lora_B : Tensor
+        Shapes (r, in) and (out, r).
+
+    Returns
+    -------
+    tuple of three Tensors
+        Left vectors (out, r), singular values (r,), the largest first, right vectors (r, in).
+
+    Examples
+    --------
+    >>> left, values, right = singular_components(2 * torch.eye(2, 3), torch.ones(4, 2))
+    >>> torch.allclose(left * values @ right, torch.ones(4, 2) @ (2 * torch.eye(2, 3)), atol=1e-6)
+    True
+    """
+    # B A = Q_b (R_b R_a') Q_a'
+    (q_a, r_a), (q_b, r_b) = torch.linalg.qr(lora_A.T), torch.linalg.qr(lora_B)
+    u, values, vh = torch.linalg.svd(r_b @ r_a.T)
+    return q_b @ u, values, vh @ q_a.T
 
 
 @torch.no_grad()
@@ -26,15 +51,8 @@ def truncate(network: nn.Module, parameters: float) -> dict[str, int]:
         Rank that is left, by the layer's path.
     """
     named = dict(network.named_parameters())
-    factors = {}
-    for path in (name.removesuffix(A) for name in named if name.endswith(A)):
-        # B A = Q_b (R_b R_a') Q_a', so that only an r x r matrix is decomposed
-        (q_a, r_a), (q_b, r_b) = (
-            torch.linalg.qr(named[path + A].T),
-            torch.linalg.qr(named[path + B]),
-        )
-        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        factors[path] = (q_b @ u, s, vh @ q_a.T)
+    paths = [name.removesuffix(A) for name in named if name.endswith(A)]
+    factors = {p: singular_components(named[p + A], named[p + B]) for p in paths}
     components = [(float(value), path) for path, (_, s, _) in factors.items() for value in s]
     ranks = dict.fromkeys(factors, 0)
     for _, path in sorted(components, reverse=True):

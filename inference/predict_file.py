@@ -1,0 +1,256 @@
+"""Predict a file: `bayes-lora predict RUN --input FILE.jsonl --output FILE.jsonl [--draws S]`.
+
+One output row for every input row, in the same order, written as it goes: `line` (of the input,
+from 1), `label`, `probability`, and entropies in nats, what the data and what the posterior leave
+open (`loading.py`); in regression `label` and variances. A row that cannot be read has an `error`
+instead. Only some rows are in memory at a time. Until all are finished they are in FILE.partial,
+where the same command goes on after it was stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from tqdm.auto import tqdm
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.cli import Parser, report_errors
+from bayes_lora.inference.files import write_text
+from bayes_lora.inference.finetune import quiet
+from bayes_lora.inference.loading import FineTuned, load
+from bayes_lora.inference.manifest import NAME as MANIFEST
+
+CHUNK = 256  # rows in memory at a time, and between two writes
+SHOWN = 20  # rows that could not be read
+SUFFIXES = (".jsonl", ".csv")
+FIELDS = {
+    False: ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
+    True: ("label", "variance", "variance_data", "variance_posterior"),
+}
+"""Columns of the output, by whether the task is a regression."""
+
+
+class Row(NamedTuple):
+    """One row of the input: its line, and its texts or what is wrong with it."""
+
+    line: int
+    texts: tuple[str, ...]
+    error: str = ""
+
+
+def read_rows(file: TextIO, suffix: str, columns: Sequence[str]) -> Iterator[Row]:
+    """Read rows one at a time; blank lines of JSON are left out.
+
+    Parameters
+    ----------
+    file : text file
+        Open for reading, with ``newline=""``.
+    suffix : str
+        `.jsonl`, one object a line, or `.csv`, with a header.
+    columns : sequence of str
+        Those of the texts.
+
+    Raises
+    ------
+    InputError
+        If a csv file lacks a column.
+    """
+    if suffix != ".csv":
+        return _json_rows(file, columns)
+    table = csv.DictReader(file, strict=True)
+    if missing := [name for name in columns if name not in (table.fieldnames or ())]:
+        has = ", ".join(table.fieldnames or ()) or "none"
+        raise InputError(f"the input has no column {missing[0]!r}; it has {has}")
+    return _csv_rows(table, columns)
+
+
+def _json_rows(file: TextIO, columns: Sequence[str]) -> Iterator[Row]:
+    for line, text in enumerate(file, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            yield Row(line, (), f"not JSON: {error}")
+            continue
+        yield _row(line, row, columns, "" if isinstance(row, dict) else "not a JSON object")
+
+
+def _csv_rows(table: csv.DictReader, columns: Sequence[str]) -> Iterator[Row]:
+    while True:
+        line = table.line_num + 1
+        try:
+            row = next(table, None)
+        except csv.Error as error:
+            yield Row(line, (), f"not csv: {error}")
+            continue
+        if row is None:
+            return
+        extra = "more values than the header has" if None in row else ""
+        yield _row(line, {k: v or None for k, v in row.items()}, columns, extra)
+
+
+def _row(line: int, row: Any, columns: Sequence[str], error: str) -> Row:  # noqa: ANN401 (as read)
+    if error:
+        return Row(line, (), error)
+    for name in columns:
+        value = row.get(name)
+        if not isinstance(value, str):
+            return Row(line, (), f"{name} is {'missing' if value is None else 'no text'}")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            return Row(line, (), f"{name} is not UTF-8")
+    return Row(line, tuple(row[name] for name in columns))
+
+
+def answers(model: FineTuned, rows: Sequence[Row], draws: int, seed: int) -> list[dict[str, Any]]:
+    """Output rows for input rows, in their order."""
+    good = [row.texts for row in rows if not row.error]
+    columns: dict[str, list[Any]] = {}
+    if good:
+        texts: list[Any] = good if len(good[0]) == 2 else [text for (text,) in good]
+        found = model.predict(texts, draws, seed)
+        columns = {name: values.tolist() for name, values in found.items() if values.ndim == 1}
+    values = zip(*columns.values(), strict=True)
+    return [
+        {"line": row.line, "error": row.error}
+        if row.error
+        else {"line": row.line} | dict(zip(columns, next(values), strict=True))
+        for row in rows
+    ]
+
+
+def predict_file(
+    model: FineTuned, source: Path, target: Path, draws: int = 0, seed: int = 0
+) -> tuple[int, int, list[Row]]:
+    """Predict all rows of a file.
+
+    Parameters
+    ----------
+    model : FineTuned
+        As from `load`.
+    source, target : Path
+        Input and output, each .jsonl or .csv.
+    draws, seed : int
+        As of `FineTuned.predict`.
+
+    Returns
+    -------
+    tuple of int, int and list of Row
+        How many rows there are, how many could not be read, and the first of these.
+
+    Raises
+    ------
+    InputError
+        If the input cannot be read, or lacks a column, or the .partial file is of something else.
+    """
+    partial = target.with_name(target.name + ".partial")
+    settings = target.with_name(target.name + ".settings")
+    says = (model.folder / "decision.json", model.folder / MANIFEST)
+    made = [path.stat().st_mtime_ns for path in says if path.exists()]
+    mine = json.dumps([str(model.folder), made, str(source), draws, seed])
+    if partial.exists() and (not settings.exists() or settings.read_text() != mine):
+        raise InputError(f"{partial} is of another command: remove it, or name another output")
+    names = ["line", *FIELDS[model.task.is_regression], "error"]
+    bad, first = 0, []
+
+    def watched(rows: Iterator[Row]) -> Iterator[Row]:
+        nonlocal bad
+        for row in rows:
+            if row.error:
+                bad += 1
+                first.append(row) if bad <= SHOWN else None
+            yield row
+
+    try:
+        write_text(settings, mine)
+        # a byte that is not UTF-8 spoils its row, not the file
+        with (
+            source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+            partial.open("a+", encoding="utf-8", newline="") as out,
+        ):
+            rows = watched(read_rows(file, source.suffix, model.task.text_columns))
+            total = _finished(out, header=target.suffix == ".csv")
+            for _ in islice(rows, total):
+                pass
+            if not out.tell() and target.suffix == ".csv":
+                csv.DictWriter(out, names, lineterminator="\n").writeheader()
+            with tqdm(initial=total, unit="row", disable=None) as progress:
+                while chunk := list(islice(rows, CHUNK)):
+                    found = answers(model, chunk, draws, seed)
+                    if target.suffix == ".csv":
+                        csv.DictWriter(out, names, lineterminator="\n").writerows(found)
+                    else:
+                        out.writelines(json.dumps(answer) + "\n" for answer in found)
+                    out.flush()
+                    total += len(chunk)
+                    progress.update(len(chunk))
+        os.replace(partial, target)
+    except OSError as error:
+        raise InputError(f"cannot read {source} or write {target}: {error.strerror}") from error
+    finally:
+        if partial.exists() and not partial.stat().st_size:  # nothing to go on with
+            partial.unlink()
+        if not partial.exists():
+            settings.unlink(missing_ok=True)
+    return total, bad, first
+
+
+def _finished(out: TextIO, header: bool) -> int:
+    """Whole chunks that an earlier command left; what comes after them is cut off."""
+    out.seek(0)
+    count, place, end = -int(header), 0, 0
+    while out.readline().endswith("\n"):
+        count, place = count + 1, out.tell()
+        if count % CHUNK == 0:
+            end = place
+    out.seek(end)
+    out.truncate()
+    return max(0, count) // CHUNK * CHUNK
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Predict as the command line says, and report the rows that could not be read."""
+    parser = Parser(
+        prog="bayes-lora predict", description="Predict the rows of a file.", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="folder that finetune or export wrote")
+    parser.add_argument("--input", type=Path, required=True, help=".jsonl or .csv")
+    parser.add_argument("--output", type=Path, required=True, help=".jsonl or .csv")
+    parser.add_argument(
+        "--draws", type=int, default=0, help="of the posterior, to average over; 0: the decision"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    options = parser.parse_args(arguments)
+    for path in (options.input, options.output):
+        if path.suffix not in SUFFIXES:
+            raise InputError(f"{path}: the name must end in {' or '.join(SUFFIXES)}")
+    if options.draws < 0 or not 0 <= options.seed < 2**32:
+        raise InputError("draws must be at least 0, and seed from 0 to 4294967295")
+    if not options.input.is_file():
+        raise InputError(f"there is no file {options.input}; check the path")
+    if options.output.exists() and not options.overwrite:
+        raise InputError(f"{options.output} is there already: replace it with --overwrite")
+    quiet()
+    model = load(options.run)
+    if options.draws and model.draw is None:
+        raise InputError(f"{options.run} is an export without a posterior: leave out --draws")
+    total, bad, first = predict_file(
+        model, options.input, options.output, options.draws, options.seed
+    )
+    for row in first:
+        print(f"{options.input}, line {row.line}: {row.error}", file=sys.stderr)
+    if bad > len(first):
+        print(f"and {bad - len(first)} more, with their `error` in the output", file=sys.stderr)
+    print(f"{total} rows, {bad} of them could not be read, in {options.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(run, sys.argv[1:]))

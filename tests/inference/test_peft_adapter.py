@@ -1,0 +1,116 @@
+"""Runs that start from an adapter of stock PEFT."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from bayes_lora.errors import InputError
+from bayes_lora.flat_weights import split_weights
+from bayes_lora.inference.peft_adapter import read_peft
+from bayes_lora.inference.trained import read_run
+from bayes_lora.network import AdaptedNetwork, Latents
+
+
+@pytest.fixture
+def adapter(inputs, tmp_path):
+    """Save a random LoRA adapter of the tiny model; returns its folder and the adapted model."""
+
+    def make(**changes):
+        stock = AutoModelForSequenceClassification.from_pretrained(inputs / "model")
+        options = {"r": 2, "lora_alpha": 5, "target_modules": ["query", "dense"],
+                   "exclude_modules": ".*pooler.*", "task_type": TaskType.SEQ_CLS}  # fmt: skip
+        model = get_peft_model(stock, LoraConfig(**options | changes)).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", model
+
+    return make
+
+
+def adapted(inputs, **changes):
+    stock = AutoModelForSequenceClassification.from_pretrained(inputs / "model")
+    return AdaptedNetwork(stock, **{"rank": 3, "alpha": 4.0} | changes).eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"query": 3}, "alpha_pattern": {"encoder.layer.1.output.dense": 9}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_the_network_starts_as_stock_peft_has_it(adapter, inputs, batch, changes):
+    folder, model = adapter(**changes)
+    network = adapted(inputs)
+    initial = network.initial_adapter_weights(torch.Generator().manual_seed(1))
+    weights = read_peft(folder, network, initial)
+    batch["input_ids"] = batch["input_ids"] % 20
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        torch.testing.assert_close(network(batch, Latents(weights)), wanted, atol=2e-5, rtol=1e-5)
+    parts = split_weights(weights, network.specs, network.rank)
+    for spec, (A, e, B) in zip(network.specs, parts, strict=True):
+        assert (e == 1).all()
+        size = A.norm(dim=1) * B.norm(dim=0)  # of every component, the largest first
+        assert (size.diff() <= 1e-6).all()
+        if "key" in spec.path or "value" in spec.path:
+            assert (B == 0).all()
+
+
+def test_a_run_starts_there_without_a_warm_up(adapter, command, read_history, tmp_path):
+    folder, _ = adapter()
+    code, _, err = command(
+        init_adapter=folder, price=3, learning_rate=1e-9, gate_learning_rate=1e-9
+    )
+    assert code == 0, err
+    phases = [row["phase"] for row in read_history(tmp_path / "run")]
+    assert list(dict.fromkeys(phases)) == ["anneal", "joint", "settle"]
+    (folder / "adapter_config.json").unlink()  # the run no longer needs it
+    assert len(read_run(tmp_path / "run").guide.loc)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "said"),
+    [
+        ({"r": 4}, {}, "give --rank 4"),
+        ({}, {"target_modules": ".*query"}, "--target_modules leaves out"),
+        ({"use_dora": True}, {}, "has use_dora"),
+        ({"bias": "all"}, {}, "trained biases"),
+    ],
+)
+def test_what_cannot_be_a_start_is_refused(adapter, inputs, options, changes, said):
+    folder, _ = adapter(**options)
+    network = adapted(inputs, **changes)
+    with pytest.raises(InputError, match=said):
+        read_peft(folder, network, network.initial_adapter_weights())
+
+
+@pytest.mark.parametrize("damage", ["missing", "type", "head", "backbone"])
+def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
+    folder, _ = adapter()
+    network = adapted(inputs)
+    if damage == "missing":
+        (folder / "adapter_model.safetensors").unlink()
+    elif damage == "type":
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "IA3"}))
+    elif damage == "head":
+        network.backbone.classifier = torch.nn.Linear(16, 1)  # would broadcast
+    else:
+        network = AdaptedNetwork(backbone(intermediate_size=40), rank=3)
+    said = {
+        "missing": "no adapter",
+        "type": "IA3",
+        "head": "does not fit",
+        "backbone": "another size",
+    }
+    with pytest.raises(InputError, match=said[damage]):
+        read_peft(folder, network, network.initial_adapter_weights())
