@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pyro
@@ -11,6 +12,7 @@ from pyro import infer
 
 from bayes_lora import network
 from bayes_lora.inference import train
+from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import parse
 from bayes_lora.models import guides, likelihoods, model, priors
 
@@ -36,6 +38,19 @@ def test_there_are_commands_to_check():
 def test_commands_parse(command):
     config = parse(shlex.split(command.split("#")[0]))
     assert config.training.output_dir or config.posterior.prior_predictive
+
+
+def test_other_commands_exist_with_their_options(capsys):
+    others = re.findall(
+        r"^    bayes-lora (?!finetune)(\w+) (.*)$", joined(TEXT), flags=re.MULTILINE
+    )
+    assert {name for name, _ in others} == {"diagnose", "decide", "export", "predict"}
+    for name, words in others:
+        with suppress(SystemExit):
+            main([name, "--help"])
+        options = capsys.readouterr().out
+        given = shlex.split(words.split("#")[0])
+        assert all(word in options for word in given if word.startswith("--"))
 
 
 def test_the_demo_is_what_the_makefile_runs():

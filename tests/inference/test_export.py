@@ -110,27 +110,57 @@ def test_packed_is_the_network_as_decided(run, tmp_path, with_base, changes):
     torch.testing.assert_close(again.decided(batch).logits, wanted - wanted.logsumexp(-1, True))
 
 
-def test_a_packed_file_is_as_large_as_its_bits(run, tmp_path):
-    """On a wider model, whose ranges and header weigh less, as on any real one."""
-    folder = run(method="qr")
+@pytest.mark.slow
+@pytest.mark.parametrize("tensors", ["weight A e B", "A e B"])
+def test_exports_of_a_real_network(run, tmp_path, tensors):
+    """MiniLM: logits of all formats, and the size of what is packed."""
+    folder = run(backbone=None, epochs=1, quantized_tensors=tensors, alpha=4)
     found = read_run(folder)
-    for with_base in (False, True):
-        to = tmp_path / f"packed{with_base}"
-        words = ["export", str(folder), "--format", "packed", "--to", str(to)]
-        assert main(words + ["--with_base"] * with_base) == 0
-        manifest = json.loads((to / "bayes_lora.json").read_text())
-        state = load_file(to / "packed.safetensors")
-        bits = 0
-        for layer in manifest["layers"].values():
-            entries = {
-                "weight": with_base * layer["in"] * layer["out"],
+    wanted, batch = logits(found)
+    forms = {"peft": [], "merged": [], "packed": [], "base": ["--with_base"]}
+    for name, words in forms.items():
+        form = "packed" if name == "base" else name
+        to = str(tmp_path / name)
+        assert main(["export", str(folder), "--format", form, "--to", to, *words]) == 0
+    # a base in full precision is all that PEFT has
+    exact = [name for name in forms if name != "peft" or "weight" not in tensors]
+    assert len(exact) == (3 if "weight" in tensors else 4)
+    for name in exact:
+        with torch.no_grad():
+            logit = bayes_lora.load(tmp_path / name).decided(batch).logits
+        torch.testing.assert_close(logit, wanted.log_softmax(-1), atol=1e-5, rtol=0)
+    for name in ("packed", "base"):
+        state = load_file(tmp_path / name / "packed.safetensors")
+        layers = json.loads((tmp_path / name / "bayes_lora.json").read_text())["layers"]
+        entries = 32 * sum(t.numel() for n, t in state.items() if n.startswith("module."))
+        for layer in layers.values():
+            sizes = {
+                "weight": (name == "base") * layer["in"] * layer["out"],
                 "A": layer["rank"] * layer["in"],
                 "e": layer["rank"],
                 "B": layer["rank"] * layer["out"],
             }
-            bits += sum(-(-n * layer["bits"][t] // 8) * 8 for t, n in entries.items())
-        assert len(state["codes"]) == bits // 8
-    assert found.model.gated
+            entries += sum(count * layer["bits"][tensor] for tensor, count in sizes.items())
+        size = (tmp_path / name / "packed.safetensors").stat().st_size
+        assert entries / 8 <= size <= 1.05 * entries / 8
+
+
+def test_codes_have_the_bits_that_were_decided(run, tmp_path):
+    folder = run()
+    for words in ([], ["--with_base"]):
+        to = tmp_path / f"packed{len(words)}"
+        assert main(["export", str(folder), "--format", "packed", "--to", str(to), *words]) == 0
+        layers = json.loads((to / "bayes_lora.json").read_text())["layers"]
+        size = 0
+        for layer in layers.values():
+            entries = {
+                "weight": len(words) * layer["in"] * layer["out"],
+                "A": layer["rank"] * layer["in"],
+                "e": layer["rank"],
+                "B": layer["rank"] * layer["out"],
+            }
+            size += sum(-(-n * layer["bits"][t] // 8) for t, n in entries.items())
+        assert len(load_file(to / "packed.safetensors")["codes"]) == size
 
 
 def test_load_predicts_as_the_run_does(run, tmp_path):
