@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 
 from bayes_lora.gates import rank_probabilities
 from bayes_lora.inference.batches import forever
+from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.refine import refine_guide
-from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
+from bayes_lora.inference.train import fit
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
 from bayes_lora.models.priors import IndependentGates, Priors

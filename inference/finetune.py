@@ -50,6 +50,7 @@ from bayes_lora.inference.files import (
 )
 from bayes_lora.inference.history import History
 from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
+from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate
 from bayes_lora.inference.peft_adapter import read_peft
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
@@ -58,7 +59,7 @@ from bayes_lora.inference.predict import averaged, predict
 from bayes_lora.inference.prepared import prepare
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.table import prior_table, rank_and_bits_table
-from bayes_lora.inference.train import Optimisation, fit, gate_learning_rate
+from bayes_lora.inference.train import fit
 from bayes_lora.inference.trained import write_task
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -156,6 +157,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         settings.learning_rate,
         settings.gate_learning_rate or gate_learning_rate(phases),
         settings.max_grad_norm,
+        settings.train_draws,
     )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     open_folder(folder, OUTPUTS)

@@ -1,24 +1,19 @@
 """The SVI loop: one ELBO over adapter weights and gates, through the phases.
 
 The objective is -ELBO / N, in nats per example, so that learning rates and clipping mean the
-same for every data set. Weights and gates have separate learning rates; the gates' is tied to
-the number of steps they have, because Adam moves a logit by about its learning rate a step.
+same for every data set.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -26,18 +21,11 @@ from bayes_lora.costs import relative_bops
 from bayes_lora.errors import NumericalError
 from bayes_lora.inference.batches import calibration_batches, forever
 from bayes_lora.inference.elbo import TermwiseELBO
+from bayes_lora.inference.optimisation import Optimisation, make_optimizer
 from bayes_lora.inference.phases import Phase
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import GibbsGates
-
-TRAVEL = 30.0
-"""Nats of logit that a gate can travel while gates are sampled: enough to go from open to closed
-and back. Over the number of those steps, this is the gates' learning rate."""
-
-SCALE_LEARNING_RATE = 0.01
-"""Of the log standard deviations of normal adapter weights, which have nats to go where their means
-have hundredths; decays with the weights' rate."""
 
 CALIBRATION_BATCHES = 8
 
@@ -45,38 +33,6 @@ PRICE_TRAVEL = 8.0
 """How far the log of the price of a budget can travel in the joint phase: 3000 times up or down."""
 
 Record = dict[str, float | str]
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """Settings of the optimizer.
-
-    Attributes
-    ----------
-    learning_rate : float
-        Of adapter weights, head and likelihood; warmed up over 6 % of the steps, then decayed
-        linearly to zero.
-    gate_learning_rate : float
-        Of the gate logits; constant.
-    max_grad_norm : float
-        Clipping threshold of the gradient of -ELBO / N.
-    """
-
-    learning_rate: float = 1e-3
-    gate_learning_rate: float = 0.05
-    max_grad_norm: float = 1.0
-
-
-def gate_learning_rate(phases: list[Phase]) -> float:
-    """Learning rate of the gates that lets a logit travel `TRAVEL` nats while sampled.
-
-    Examples
-    --------
-    >>> gate_learning_rate([Phase("joint", "sampled", 600)])
-    0.05
-    """
-    sampled = sum(phase.steps for phase in phases if phase.gates == "sampled")
-    return min(TRAVEL / max(sampled, 1), 0.2)
 
 
 def fit(
@@ -126,7 +82,7 @@ def fit(
     elbo = TermwiseELBO()
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
-    optimizer, scheduler = _optimizer(module, guide, optimisation, total_steps)
+    optimizer, scheduler = make_optimizer(module, guide, optimisation, total_steps)
     some = calibration_batches(loader)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = forever(loader)
@@ -156,10 +112,14 @@ def fit(
                 fixed = decide()
             for step in range(phase.steps):
                 kl_weight = phase.kl_weight(step)
-                batch = dict(next(batches))
-                loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
+                losses, terms = [], []
+                for part in parts(next(batches), optimisation.draws):
+                    losses.append(module(part, part.pop("labels"), kl_weight, fixed))
+                    terms.append(elbo.terms)
+                loss = torch.stack(losses).mean() / model.num_examples
+                mean = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
                 record = record_step(
-                    next(steps), phase.name, kl_weight, loss.item(), elbo.terms, model, guide
+                    next(steps), phase.name, kl_weight, loss.item(), mean, model, guide
                 )
                 if not torch.isfinite(loss):
                     _copy(good, parameters)
@@ -188,6 +148,18 @@ def fit(
     return fixed
 
 
+def parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Deal the examples of a batch into so many parts, or as many as there are examples.
+
+    Examples
+    --------
+    >>> [part["labels"].tolist() for part in parts({"labels": torch.arange(5)}, 2)]
+    [[0, 2, 4], [1, 3]]
+    """
+    count = min(count, len(next(iter(batch.values()))))
+    return [{name: values[i::count] for name, values in batch.items()} for i in range(count)]
+
+
 @torch.no_grad()
 def _copy(values: list[Tensor], to: list[Tensor]) -> None:
     for value, target in zip(values, to, strict=True):
@@ -203,58 +175,6 @@ def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterable[dict[str,
     inputs = ({k: v.to(device) for k, v in b.items() if k != "labels"} for b in batches)
     model.network.calibrate(inputs, guide.loc)
     model.train(was_training)
-
-
-def parameter_groups(
-    module: torch.nn.Module, guide: GateGuide, lr: float, gate_lr: float
-) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weights, head and likelihood; gates; standard deviations.
-
-    Parameters
-    ----------
-    module : Module
-        Holds all that is trained, as an ELBO of model and guide does.
-    guide : GateGuide
-        Its logits and log standard deviations need rates of their own: Adam moves them by about
-        the rate a step, and from open to closed are many nats.
-    lr, gate_lr : float
-        Learning rates.
-    """
-    gates = [p for p in (guide.rank_logits, guide.bit_logits) if p is not None]
-    scales = [] if guide.log_scale is None else [guide.log_scale]
-    apart = {id(p) for p in gates + scales}
-    weights = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
-    return [
-        {"params": weights, "lr": lr},
-        {"params": gates, "lr": gate_lr},
-        {"params": scales, "lr": SCALE_LEARNING_RATE},
-    ]
-
-
-def _optimizer(
-    module: torch.nn.Module, guide: GateGuide, optimisation: Optimisation, total_steps: int
-) -> tuple[AdamW, LambdaLR]:
-    groups = parameter_groups(
-        module, guide, optimisation.learning_rate, optimisation.gate_learning_rate
-    )
-    decay = warmed_up_then_linear(total_steps)
-    optimizer = AdamW(groups, weight_decay=0.0)  # the prior is the weight decay
-    return optimizer, LambdaLR(optimizer, [decay, lambda step: 1.0, decay])
-
-
-def warmed_up_then_linear(total_steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: up over 6 % of the steps, then down to zero.
-
-    Examples
-    --------
-    >>> factor = warmed_up_then_linear(100)
-    >>> factor(0), factor(6), factor(53)
-    (0.16666666666666666, 1.0, 0.5)
-    """
-    warmup = max(1, round(0.06 * total_steps))
-    return lambda step: min(
-        (step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup)
-    )
 
 
 def record_step(

@@ -25,10 +25,11 @@ from bayes_lora.inference.batches import calibration_batches, forever
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.files import check_free, open_folder, write_tensors, write_text
 from bayes_lora.inference.metrics import evaluate_predictions
+from bayes_lora.inference.optimisation import warmed_up_then_linear
 from bayes_lora.inference.predict import predictions
 from bayes_lora.inference.prepared import Prepared, prepare
 from bayes_lora.inference.published import as_published
-from bayes_lora.inference.train import CALIBRATION_BATCHES, warmed_up_then_linear
+from bayes_lora.inference.train import CALIBRATION_BATCHES
 from bayes_lora.inference.truncation import truncate
 from bayes_lora.layers import TENSORS
 

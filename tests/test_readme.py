@@ -11,7 +11,7 @@ import torch
 from pyro import infer
 
 from bayes_lora import network
-from bayes_lora.inference import train
+from bayes_lora.inference import optimisation
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import parse
 from bayes_lora.models import guides, likelihoods, model, priors
@@ -19,7 +19,7 @@ from bayes_lora.models import guides, likelihoods, model, priors
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-NAMED_IN_README = (infer, guides, likelihoods, model, priors, network, train)
+NAMED_IN_README = (infer, guides, likelihoods, model, priors, network, optimisation)
 
 
 def joined(text):
