@@ -59,6 +59,11 @@ class DecidedLinear(nn.Module):
         By tensor, all of `TENSORS`; those of activations are applied, the others only say where
         the values lie.
 
+    Attributes
+    ----------
+    bits : dict of str to int
+        Of every tensor.
+
     Examples
     --------
     >>> one = DecidedLinear(nn.Linear(3, 2), torch.ones(1, 3), torch.ones(1), torch.ones(2, 1),
@@ -81,9 +86,13 @@ class DecidedLinear(nn.Module):
         grids: Mapping[str, Grid],
     ) -> None:
         super().__init__()
-        self.base, self.scaling, self.grids = base, scaling, dict(grids)
-        for name, tensor in (("lora_A", lora_A), ("lora_e", lora_e), ("lora_B", lora_B)):
-            self.register_buffer(name, tensor)
+        self.base, self.scaling = base, scaling
+        self.bits = {tensor: grid.bits for tensor, grid in grids.items()}
+        # buffers, so that they go where the layer goes
+        for name, value in (("lora_A", lora_A), ("lora_e", lora_e), ("lora_B", lora_B)):
+            self.register_buffer(name, value)
+        for tensor, grid in grids.items():
+            self.register_buffer(f"{tensor}_limit", grid.limit)
 
     @property
     def weight(self) -> Tensor:
@@ -95,10 +104,9 @@ class DecidedLinear(nn.Module):
         """Components that are in use."""
         return len(self.lora_e)
 
-    @property
-    def bits(self) -> dict[str, int]:
-        """Bits of every tensor."""
-        return {tensor: grid.bits for tensor, grid in self.grids.items()}
+    def grid(self, tensor: str) -> Grid:
+        """Where the values of a tensor lie."""
+        return Grid(self.bits[tensor], self.get_buffer(f"{tensor}_limit"))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -107,11 +115,11 @@ class DecidedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        x = self.grids["input"](x)
+        x = self.grid("input")(x)
         y = self.base(x)
         if not self.rank:
             return y
-        hidden = self.grids["hidden"](linear(x, self.lora_A))
+        hidden = self.grid("hidden")(linear(x, self.lora_A))
         return y + linear(hidden * (self.scaling * self.lora_e), self.lora_B)
 
     @torch.no_grad()

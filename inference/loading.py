@@ -67,6 +67,8 @@ class FineTuned:
         Of the backbone.
     max_length : int
         Tokens of an example at most.
+    device : torch.device
+        Where it computes.
     decided : function
         Distribution of the labels of a batch at the decision.
     draw : function or None
@@ -78,6 +80,7 @@ class FineTuned:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    device: torch.device
     decided: Labels
     draw: Callable[[int, int], list[Labels]] | None = None
 
@@ -120,7 +123,7 @@ class FineTuned:
         loader = evaluation_batches(
             Dataset.from_dict(dict(found)), DataCollatorWithPadding(self.tokenizer)
         )
-        parts = [predictions(labels, loader, torch.device("cpu")) for labels in each]
+        parts = [predictions(labels, loader, self.device) for labels in each]
         return described(
             self.task, (np.stack([a for a, _ in parts]), np.stack([b for _, b in parts]))
         )
@@ -150,18 +153,20 @@ class FineTuned:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
-def load(name: str | Path) -> FineTuned:
+def load(name: str | Path, device: str | torch.device = "cpu") -> FineTuned:
     """Load a finished run, or an export of one.
 
     Parameters
     ----------
     name : str or Path
         Output folder of `bayes-lora finetune` or `bayes-lora export`, or an export on the hub.
+    device : str or torch.device
+        Where to compute.
 
     Returns
     -------
     FineTuned
-        On the CPU.
+        Ready to predict.
 
     Raises
     ------
@@ -183,12 +188,13 @@ def load(name: str | Path) -> FineTuned:
                 f"there is no folder {name}, and no such model on the hub "
                 f"({' '.join(str(error).split())[:120]})"
             ) from error
-    return _export(folder) if (folder / NAME).is_file() else _run(folder)
+    kind = _export if (folder / NAME).is_file() else _run
+    return kind(folder, torch.device(device))
 
 
-def _run(folder: Path) -> FineTuned:
+def _run(folder: Path, device: torch.device) -> FineTuned:
     run = read_run(folder)
-    model, guide = run.model, run.guide
+    model, guide = run.model.to(device), run.guide.to(device)
 
     def at(latents: Latents) -> Labels:
         return lambda batch: model.likelihood(model.network(batch, latents))
@@ -197,23 +203,27 @@ def _run(folder: Path) -> FineTuned:
         generator = torch.Generator().manual_seed(seed)
         gates = unbound(draw_posterior(guide, draws, generator), draws)
         torch.manual_seed(seed)  # adapter weights are drawn from a Pyro distribution
-        return [at(Latents(draw_weights(model, guide, held), *held)) for held in gates]
+        weights = [draw_weights(model, guide, held) for held in gates]
+        return [
+            at(Latents(w, *held.map(lambda gate: gate.to(device))))
+            for w, held in zip(weights, gates, strict=True)
+        ]
 
     length = run.config.data.max_length
-    decided = at(Latents(guide.loc.detach(), *run.gates))
-    return FineTuned(folder, run.task, run.tokenizer, length, decided, draw)
+    decided = at(Latents(guide.loc.detach(), *run.gates.map(lambda gate: gate.to(device))))
+    return FineTuned(folder, run.task, run.tokenizer, length, device, decided, draw)
 
 
-def _export(folder: Path) -> FineTuned:
+def _export(folder: Path, device: torch.device) -> FineTuned:
     manifest = read_manifest(folder)
     try:
-        network = _network(folder).eval()
+        network = _network(folder).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, AttributeError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} is damaged ({reason}): export again") from error
     return FineTuned(
-        folder, manifest.task, tokenizer, manifest.max_length,
+        folder, manifest.task, tokenizer, manifest.max_length, device,
         lambda batch: manifest.distribution(network(**batch).logits),
     )  # fmt: skip
 

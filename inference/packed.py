@@ -65,7 +65,7 @@ def write_packed(
         for tensor in TENSORS:
             if tensor == "weight" and not with_base:
                 continue
-            grid = layer.grids[tensor]
+            grid = layer.grid(tensor)
             if tensor in layer.tensors:
                 codes.append(_codes(layer.tensors[tensor], grid))
             if grid.bits != UNQUANTIZED:

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from bayes_lora.errors import InputError
@@ -239,7 +240,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if options.output.exists() and not options.overwrite:
         raise InputError(f"{options.output} is there already: replace it with --overwrite")
     quiet()
-    model = load(options.run)
+    model = load(options.run, Accelerator().device)
     if options.draws and model.draw is None:
         raise InputError(f"{options.run} is an export without a posterior: leave out --draws")
     total, bad, first = predict_file(

@@ -51,7 +51,7 @@ def test_ranks_bits_and_grids_are_those_decided(network, adapter_weights):
     assert [[layer.bits[t] for t in tensors] for layer in layers] == widths
     for layer in layers:
         for name, value in layer.tensors.items():
-            grid = layer.grids[name]
+            grid = layer.grid(name)
             assert torch.equal(quantize(value, grid.limit, grid.bits), value)
 
 
@@ -79,3 +79,12 @@ def test_a_gate_that_is_neither_open_nor_closed_is_refused(network, adapter_weig
     rank[2, 1] = 0.5
     with pytest.raises(ValueError, match="gates of 0 and 1"):
         decide_network(network, adapter_weights(network), rank, bits)
+
+
+def test_everything_goes_where_the_layer_goes(network, adapter_weights):
+    specs = network.specs
+    decided = decide_network(network, adapter_weights(network), *decision(network)).to("meta")
+    for spec in specs:
+        layer = decided.get_submodule(spec.path)
+        tensors = [*layer.tensors.values(), *(layer.grid(name).limit for name in layer.bits)]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
