@@ -38,6 +38,7 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
@@ -135,6 +136,14 @@ class HardConcrete(TorchDistribution):
     def probability_open(self) -> Tensor:
         """P(z = 1), a probability of the batch shape."""
         return torch.sigmoid(self.logits - self.logit_at_one)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[z] = int_0^1 P(z > t) dt, of the batch shape; by quadrature, differentiable."""
+        nodes, weights = np.polynomial.legendre.leggauss(32)
+        t, w = (torch.from_numpy(x).to(self.logits) for x in ((nodes + 1) / 2, weights / 2))
+        at = self.temperature[..., None] * torch.logit((t - GAMMA) / (ZETA - GAMMA))
+        return torch.sigmoid(self.logits[..., None] - at) @ w
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw gates of shape `sample_shape + batch_shape`, differentiable in the logits.

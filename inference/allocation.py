@@ -1,20 +1,10 @@
-r"""Allocate ranks and bits under a budget, by what the posterior says that each is worth.
+r"""Allocate ranks and bits under a budget, by what each is worth (`worth.py`).
 
-What the data say of a gate is the difference between its logit and the one it would have without
-data (`BayesianLoRA.logits_without_data`). For gates that follow one another, the optimum of the
-ELBO (`natural_gradient.py`) gives
-
-    D_k = a_k - a_k(without data) + K_k,          delta_k = D_k - p_{k+1} D_{k+1},
-
-where K_k is the expected divergence of the gates behind gate k (only in the ELBO of discrete gates:
-the relaxed one counts the divergence of every gate, reached or not), D_k the log likelihood that is
-gained by opening it with those behind it as they come, and delta_k what going from k - 1 to k
-components, or levels, gains; nats. A decision's expected loss is the sum of the delta it gives up.
-
-Costs of a layer depend on its own rank and bits alone. So every layer has a lower convex hull of
-loss against cost; the steps of all hulls, in the order of what they gain per unit of cost, pass
-through decisions of which each has the least loss at its cost. A budget takes as many steps as it
-pays for, so a tighter one never uses more.
+A decision's expected loss is the worth of all components and levels that it gives up; its costs
+are sums over layers. So every layer has a lower convex hull of loss against cost. The steps of all
+hulls, in the order of what they gain per unit of cost, pass through decisions of which each has the
+least loss at its cost. A budget takes as many steps as it pays for, and of the next one as much as
+is left for, so that a tighter budget never uses more.
 
 Source: Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE
 Transactions on Acoustics, Speech, and Signal Processing 36 (1988).
@@ -24,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bayes_lora.costs import FULL_BITS
-from bayes_lora.errors import InputError
-from bayes_lora.gates import GateStructure, nested
-from bayes_lora.inference.natural_gradient import GateSet, divergence
+from bayes_lora.gates import nested
 from bayes_lora.layers import TENSORS
 from bayes_lora.models.model import Gates
 from bayes_lora.network import AdaptedNetwork
@@ -58,51 +46,19 @@ def layer_bytes(spec: LayerSpec, rank: FloatArray, bits: dict[str, FloatArray]) 
     return rank * entries / 8
 
 
-def gains(
-    logits: Gates, without_data: Gates, priors: Gates | None, structure: GateStructure
-) -> Gates:
-    """Log likelihood that each further component and level gains, delta_k above; nats.
-
-    Parameters
-    ----------
-    logits, without_data : Gates
-        Posterior logits, and those without data; shapes of the gates.
-    priors : Gates, optional
-        Prior logits without any factor, if the posterior is that of discrete gates.
-    structure : {nested, independent}
-        Of the rank gates.
-    """
-    found: list[Tensor | None] = []
-    for *each, order in zip(
-        logits, without_data, priors or logits, (structure, nested), strict=True
-    ):
-        if each[0] is None:
-            found.append(None)
-            continue
-        a, without, prior = (cast(Tensor, x).detach().double() for x in each)
-        D = a - without
-        if priors is not None:
-            D += divergence(GateSet(a, prior, order))[1]
-        if order is nested:
-            D[..., :-1] -= a.sigmoid()[..., 1:] * D[..., 1:].clone()
-        found.append(D)
-    return Gates(*found)
-
-
 class _Step(NamedTuple):
-    """One step up the hull of a layer: what it gains per unit of cost, and what it adds."""
+    """One step up the hull of a layer, from one of its better options to another."""
 
     slope: float
     layer: int
-    kept: tuple[int, ...]
-    cost: float
-    loss: float
+    start: int
+    end: int
 
 
 def allocate(
     network: AdaptedNetwork, decided: Gates, worth: Gates, cost: Cost, budget: float
 ) -> tuple[Gates, float]:
-    """Choose ranks and bits of least expected loss whose cost is within a budget.
+    """Choose ranks and bits of little expected loss whose cost is within a budget.
 
     Parameters
     ----------
@@ -111,7 +67,7 @@ def allocate(
     decided : Gates
         0 or 1, shapes (L, R) and (L, T, K): nothing that is closed here is opened.
     worth : Gates
-        As of `gains`, same shapes.
+        As of `worth.worth`, same shapes.
     cost : function
         `layer_bops` or `layer_bytes`, summed over the adapted layers.
     budget : float
@@ -125,38 +81,39 @@ def allocate(
 
     Raises
     ------
-    InputError
+    ValueError
         If the budget is below what is left with every gate closed.
     """
     layers = [_Layer(network, decided, worth, index) for index in range(len(network.specs))]
-    steps: list[_Step] = []
-    kept: list[tuple[int, ...]] = []
-    spent = loss = whole = 0.0
-    for index, (layer, spec) in enumerate(zip(layers, network.specs, strict=True)):
-        costs, losses = layer.options(spec, cost)
-        hull = [np.unravel_index(i, costs.shape) for i in lower_hull(costs.ravel(), losses.ravel())]
-        places = [tuple(map(int, place)) for place in hull]
-        kept.append(places[0])
-        spent, loss = spent + costs[places[0]], loss + losses[places[0]]
-        whole += costs.ravel()[-1]  # with everything kept
-        for before, after in pairwise(places):
-            added, less = costs[after] - costs[before], losses[after] - losses[before]
-            steps.append(_Step(-less / added, index, after, added, less))
-    if whole <= budget:
+    options = [layer.options(spec, cost) for layer, spec in zip(layers, network.specs, strict=True)]
+    if sum(float(costs.ravel()[-1]) for costs, _ in options) <= budget:
         return decided, 0.0
-    if spent > budget:
-        raise InputError(
-            f"the budget pays for {budget / spent:.1%} of what is left with every gate closed"
-        )
+    better = [better_options(costs.ravel(), losses.ravel()) for costs, losses in options]
+    at = [
+        (costs.ravel()[i], losses.ravel()[i])
+        for (costs, losses), i in zip(options, better, strict=True)
+    ]
+    chosen = [0] * len(layers)
+    left = budget - sum(float(costs[0]) for costs, _ in at)
+    if left < 0:
+        raise ValueError("the budget is below what is left with every gate closed")
+    steps = [
+        _Step((losses[start] - losses[end]) / (costs[end] - costs[start]), layer, start, end)
+        for layer, (costs, losses) in enumerate(at)
+        for start, end in pairwise(lower_hull(costs, losses))
+    ]
     for step in sorted(steps, key=lambda step: (-step.slope, step.layer)):
-        if spent + step.cost > budget:
+        costs = at[step.layer][0]
+        within = costs[step.start : step.end + 1] - costs[step.start] <= left
+        end = step.start + int(within.sum()) - 1
+        left -= float(costs[end] - costs[step.start])
+        chosen[step.layer] = end
+        if end < step.end:
             break
-        spent, loss = spent + step.cost, loss + step.loss
-        kept[step.layer] = step.kept
-    closed = decided.map(torch.zeros_like)
-    for layer, chosen in zip(layers, kept, strict=True):
-        layer.open(closed, chosen)
-    return closed, float(loss)
+    gates = decided.map(torch.zeros_like)
+    for layer, (costs, _), i, place in zip(layers, options, better, chosen, strict=True):
+        layer.open(gates, tuple(map(int, np.unravel_index(i[place], costs.shape))))
+    return gates, float(sum(losses[place] for (_, losses), place in zip(at, chosen, strict=True)))
 
 
 class _Layer:
@@ -210,19 +167,29 @@ class _Layer:
                 gate[order] = 1.0
 
 
-def lower_hull(costs: FloatArray, losses: FloatArray) -> list[int]:
-    """Indices of the lower convex hull of loss against cost, from the cheapest to the least loss.
+def better_options(costs: FloatArray, losses: FloatArray) -> NDArray[np.intp]:
+    """Indices of all options that lose less than every cheaper one, by cost.
 
     Examples
     --------
-    >>> lower_hull(np.array([2.0, 1.0, 3.0, 4.0, 4.0]), np.array([5.0, 6.0, 2.0, 1.9, 7.0]))
-    [1, 2, 3]
+    >>> better_options(np.array([2.0, 1.0, 3.0, 4.0]), np.array([5.0, 6.0, 5.5, 1.9]))
+    array([1, 0, 3])
     """
     order = np.lexsort((losses, costs))
     least = np.minimum.accumulate(losses[order])
-    better = np.append(True, least[1:] < least[:-1])  # than all that is cheaper
+    return order[np.append(True, least[1:] < least[:-1])]
+
+
+def lower_hull(costs: FloatArray, losses: FloatArray) -> list[int]:
+    """Indices of the lower convex hull of options that get dearer and lose less.
+
+    Examples
+    --------
+    >>> lower_hull(np.array([1.0, 2.0, 3.0, 4.0]), np.array([6.0, 5.0, 2.0, 1.9]))
+    [0, 2, 3]
+    """
     hull: list[int] = []
-    for i in order[better].tolist():
+    for i in range(len(costs)):
         while len(hull) > 1 and _above(costs, losses, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(i)

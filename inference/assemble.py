@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError
 from bayes_lora.gates import STRUCTURES
-from bayes_lora.inference.backbone import Backbone
+from bayes_lora.inference.backbone import Backbone, absolute
 from bayes_lora.inference.config import FinetuneConfig, data_seed
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
@@ -121,9 +121,11 @@ def resolve(
     training = replace(
         config.training, gate_learning_rate=gate_learning_rate, data_seed=data_seed(config.training)
     )
-    return replace(
-        config, data=replace(config.data, task=task), posterior=posterior, training=training
-    )
+    network = config.network
+    if network.backbone is not None:
+        network = replace(network, backbone=absolute(network.backbone))
+    data = replace(config.data, task=task)
+    return replace(config, data=data, network=network, posterior=posterior, training=training)
 
 
 def _check_budget(model: BayesianLoRA, budget: float) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -36,12 +37,17 @@ def default_backbone() -> str:
     return str(get_model_path())
 
 
+def absolute(name: str) -> str:
+    """The name of a backbone so that it means the same from every folder."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 class Backbone(NamedTuple):
     """A pretrained sequence classifier.
 
     Attributes
     ----------
-    model : Module
+    model : PreTrainedModel
         In float32.
     tokenizer : PreTrainedTokenizerBase
         The one it was trained with.
@@ -49,7 +55,7 @@ class Backbone(NamedTuple):
         Names of what the checkpoint lacks, drawn at random: the head, often the pooler.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     new_parameters: tuple[str, ...]
 
@@ -127,3 +133,27 @@ def _fit_together(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         if "roberta" in config.model_type:  # counts positions from behind the padding token
             positions -= config.pad_token_id + 1
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+
+
+@torch.no_grad()
+def rescale_head(model: PreTrainedModel, factor: float, shift: float) -> None:
+    """Make a regression's output factor * output + shift, by its last layer.
+
+    Raises
+    ------
+    InputError
+        If the head ends in no linear layer with a bias.
+    """
+    encoder = f"{model.base_model_prefix}."
+    heads = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(encoder)
+    ]
+    if not heads or heads[-1].bias is None or heads[-1].out_features != 1:
+        raise InputError(
+            "the head of this backbone ends in no linear layer with a bias, for the units of the "
+            "labels to go into"
+        )
+    heads[-1].weight.mul_(factor)
+    heads[-1].bias.mul_(factor).add_(shift)

@@ -20,20 +20,40 @@ CARD = """---
 {name} fine-tuned on {task} by [Bayesian LoRA](https://arxiv.org/abs/2406.13046) (bayes-lora
 {version}): rank and bits of every layer were inferred together with the weights of the adapters.
 
-{use}
+## Use
 
-## Measured on the validation set, as trained
+```python
+{use}
+```
+
+## Measured on the validation set
 
 {metrics}
 
 ## Decided rank and bits
 
-By the rule: {by}. Tensors at 32 bits are not quantized.
+By the rule: {by}. Tensors at 32 bits are not quantized. {kept}
 
 {layers}
 """
 
-SHOWN = {
+LOAD = """import bayes_lora
+
+bayes_lora.load("FOLDER").predict([{example}])"""
+STOCK = """from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained({arguments})"""
+PEFT = """
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "FOLDER")"""
+KEPT = {
+    "peft": "This folder has the ranks, and adapters on their grids; it quantizes nothing else.",
+    "merged": "This folder has dense weights in full precision, made from these.",
+    "packed": "This folder has all of it.",
+}
+
+ROWS = {
     "score": "score", "nll": "NLL, nats", "ece": "expected calibration error",
     "relative_bops_32": "bit operations relative to 32 x 32 bits",
     "relative_bops_16": "bit operations relative to 16 x 16 bits",
@@ -41,7 +61,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-def model_card(manifest: Manifest, metrics: Mapping[str, float], use: str, by: str) -> str:
+def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str) -> str:
     """Write the card, in Markdown with the front matter that the hub reads.
 
     Parameters
@@ -49,15 +69,14 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], use: str, by: s
     manifest : Manifest
         Of the export.
     metrics : mapping of str to float
-        Of the decision, on the validation set.
-    use : str
-        How to load it, in Markdown.
+        As `export` returns them.
     by : str
         The rule that decided.
     """
     name, task = manifest.backbone, manifest.task.name
+    library = {"peft": "peft", "merged": "transformers"}.get(manifest.form, "bayes-lora")
     front = [
-        f"library_name: {'peft' if manifest.form == 'peft' else 'transformers'}",
+        f"library_name: {library}",
         "pipeline_tag: text-classification",
         "tags: [bayes-lora, lora, quantization]",
     ]
@@ -65,8 +84,13 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], use: str, by: s
         name = Path(name).name
     else:
         front.append(f"base_model: {name}")
-    numbers = ["| | |", "|---|---|"]
-    numbers += [f"| {text} | {metrics[key]:.4g} |" for key, text in SHOWN.items() if key in metrics]
+    numbers = ["| | as decided | in this folder |", "|---|---|---|"]
+    for key, text in ROWS.items():
+        if key in metrics:
+            own = metrics.get(f"exported_{key}")
+            numbers.append(
+                f"| {text} | {metrics[key]:.4g} | {'' if own is None else f'{own:.4g}'} |"
+            )
     layers = manifest.layers
     specs = [LayerSpec(path, layer["in"], layer["out"]) for path, layer in layers.items()]
     rows = [f"| layer | rank | {' | '.join(TENSORS)} |", "|---" * (len(TENSORS) + 2) + "|"]
@@ -75,6 +99,20 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], use: str, by: s
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return CARD.format(
         front="\n".join(front), title=f"{name}, {task}, {manifest.form}", name=name, task=task,
-        version=version("bayes-lora"), use=use, metrics="\n".join(numbers), by=by,
-        layers="\n".join(rows),
+        version=version("bayes-lora"), use=_use(manifest, name), metrics="\n".join(numbers), by=by,
+        kept=KEPT[manifest.form], layers="\n".join(rows),
     )  # fmt: skip
+
+
+def _use(manifest: Manifest, name: str) -> str:
+    """Python that loads the export."""
+    task = manifest.task
+    if manifest.form == "packed":
+        pair = len(task.text_columns) == 2
+        return LOAD.format(example='("One text.", "Another.")' if pair else '"A text."')
+    if manifest.form == "merged":
+        return STOCK.format(arguments='"FOLDER"')
+    names = dict(enumerate(task.label_names))
+    arguments = [f'"{name}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
+    arguments += [f"id2label={names}"] * bool(names)
+    return STOCK.format(arguments="".join(f"\n    {a}," for a in arguments) + "\n") + PEFT

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.special import logit
 from tqdm.auto import tqdm
 
 from bayes_lora.costs import FULL_BITS, bit_operations, totals
 from bayes_lora.errors import InputError
-from bayes_lora.inference.allocation import allocate, gains, layer_bops, layer_bytes
+from bayes_lora.inference.allocation import Cost, allocate, layer_bops, layer_bytes
 from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, describe, write_decision
@@ -25,50 +24,56 @@ from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.table import short_names
-from bayes_lora.inference.trained import Trained, read_run, validation
+from bayes_lora.inference.trained import Trained, Validation, read_run, validation_if_there
+from bayes_lora.inference.worth import worth
 from bayes_lora.models.model import Gates
+from bayes_lora.models.priors import GibbsGates
 
 
-def within_bops(run: Trained, worth: Gates, share: float) -> tuple[Gates, float]:
-    """Decision of least expected loss within a share of the bit operations at 32 x 32 bits."""
+def within_bops(run: Trained, share: float) -> tuple[Gates, float]:
+    """Decision of little expected loss within a share of the bit operations at 32 x 32 bits."""
     network = run.model.network
     rest = network.frozen_macs * FULL_BITS**2
     budget = share * (float(bit_operations(network).double().sum()) + rest) - rest
-    return allocate(network, run.guide.decision(), worth, layer_bops, budget)
+    return _within(run, layer_bops, budget, "relative_bops_32", share)
 
 
-def within_bytes(run: Trained, worth: Gates, size: float) -> tuple[Gates, float]:
-    """Decision of least expected loss whose adapters, A, e and B, take so many bytes at most."""
-    return allocate(run.model.network, run.guide.decision(), worth, layer_bytes, size)
+def within_bytes(run: Trained, size: float) -> tuple[Gates, float]:
+    """Decision of little expected loss whose adapters, A, e and B, take so many bytes at most."""
+    return _within(run, layer_bytes, size, "adapter_bytes", size)
+
+
+def _within(
+    run: Trained, cost: Cost, budget: float, total: str, wanted: float
+) -> tuple[Gates, float]:
+    decided = run.guide.decision()
+    least = totals(run.model.network, *decided.map(torch.zeros_like))[total]
+    if wanted < least:
+        raise InputError(
+            f"a budget of {wanted:g} cannot be met: with every gate closed {least:.4g} are left"
+        )
+    return allocate(run.model.network, decided, evidence(run), cost, budget)
 
 
 def evidence(run: Trained) -> Gates:
     """Log likelihood that every further component and level gains, as the posterior has it; nats.
 
-    What gates would be without data depends on the prior that the run ended with, so it comes from
-    the run's bundle.
-
     Raises
     ------
     InputError
-        If the bundle cannot be read.
+        If the price that the run ended with cannot be read, or the posterior is worthless.
     """
-    path = run.folder / "posterior.nc"
-    try:
-        stats = read_bundle(path)["sample_stats"]
-        without = [
-            None
-            if logits is None
-            else torch.from_numpy(logit(stats[f"{name}_without_data"][0].to_numpy().astype(float)))
-            for name, logits in (("rank", run.guide.rank_logits), ("bit", run.guide.bit_logits))
-        ]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read {path} ({error})") from error
-    model, guide = run.model, run.guide
-    refined = run.config.posterior.refine_epochs > 0
-    priors = Gates(model.rank_prior_logits, model.bit_prior_logits) if refined else None
-    logits = Gates(guide.rank_logits, guide.bit_logits)
-    return gains(logits, Gates(*without), priors, model.network.structure)
+    gates = run.model.priors.gates
+    if isinstance(gates, GibbsGates):  # a budget has moved its price
+        path = run.folder / "posterior.nc"
+        try:
+            gates.price = float(read_bundle(path)["sample_stats"]["price"][0, -1])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"cannot read {path} ({error})") from error
+    found = worth(run.model, run.guide, refined=run.config.posterior.refine_epochs > 0)
+    if not all(torch.isfinite(gain).all() for gain in found if gain is not None):
+        raise InputError(f"the posterior of {run.folder} leaves gates without a finite worth")
+    return found
 
 
 def changes(run: Trained, new: Gates) -> list[str]:
@@ -119,36 +124,41 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"{options.run} has no gates to decide: it was trained with --method lora")
     loss = None
     if options.max_bops is not None:
-        new, loss = within_bops(found, evidence(found), options.max_bops)
+        new, loss = within_bops(found, options.max_bops)
         by = f"max_bops {options.max_bops:g}"
     elif options.max_bytes is not None:
-        new, loss = within_bytes(found, evidence(found), options.max_bytes)
+        new, loss = within_bytes(found, options.max_bytes)
         by = f"max_bytes {options.max_bytes:g}"
     else:
         new = found.guide.decision(0.5 if least is None else least)
         by = MORE_PROBABLE_SIDE if least is None else f"min_probability {least:g}"
+    data = validation_if_there(found)
+    both = tqdm((found.gates, new), desc="validate", disable=None)
+    rows = [judge(found, gates, data) for gates in both]
     print("\n".join(changes(found, new)) or "nothing changes")
     print(f"\n{'':28}{'before':>12}{'after':>12}")
-    rows = [
-        judge(found, gates) for gates in tqdm((found.gates, new), desc="validate", disable=None)
-    ]
     for name in rows[0]:
         print(f"{name:28}" + "".join(f"{row[name]:>12.5g}" for row in rows))
     if loss is not None:
-        print(f"expected loss of log likelihood on the training set: {loss:.1f} nats")
+        print(
+            "expected loss of log likelihood on the training set, against "
+            f"{MORE_PROBABLE_SIDE}: {loss:.1f} nats"
+        )
     path = options.run / "decision.json"
     write_decision(path, found.model.network, new, by)
     print(f"Written to {path}; `bayes-lora decide {options.run}` goes back to {MORE_PROBABLE_SIDE}")
 
 
-def judge(run: Trained, gates: Gates) -> dict[str, float]:
-    """Score, NLL and ECE on the validation set, and costs, at a decision."""
-    loader, labels = validation(run)
-    prediction = predict(run.model, run.guide, loader, gates)
-    metrics = evaluate_predictions(run.task, *prediction, labels)
+def judge(run: Trained, gates: Gates, data: Validation | None) -> dict[str, float]:
+    """Score, NLL and ECE on the validation set, if it is there, and costs, at a decision."""
+    judged: dict[str, float] = {}
+    if data is not None:
+        prediction = predict(run.model, run.guide, data.loader, gates)
+        metrics = evaluate_predictions(run.task, *prediction, data.labels)
+        judged = {name: metrics[name] for name in ("score", "nll", "ece")}
     costs = totals(run.model.network, *gates)
     shown = ("relative_bops_32", "relative_bops_16", "adapter_bytes", "mean_rank")
-    return {name: metrics[name] for name in ("score", "nll", "ece")} | {n: costs[n] for n in shown}
+    return judged | {name: costs[name] for name in shown}
 
 
 if __name__ == "__main__":

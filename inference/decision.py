@@ -53,6 +53,11 @@ def write_decision(path: Path, network: AdaptedNetwork, gates: Gates, by: str) -
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def decided_by(path: Path) -> str:
+    """The rule by which it was decided, as the file says."""
+    return str(json.loads(path.read_text(encoding="utf-8")).get("by", "unknown"))
+
+
 def read_decision(path: Path, network: AdaptedNetwork) -> Gates:
     """Gates of 0 and 1 as the file says.
 
@@ -68,6 +73,8 @@ def read_decision(path: Path, network: AdaptedNetwork) -> Gates:
         if "components" in mine[0]:
             rank = torch.zeros(network.rank_gate_shape)
             for gate, layer in zip(rank, mine, strict=True):
+                if min(layer["components"], default=1) < 1:
+                    raise ValueError("components count from 1")
                 gate[[k - 1 for k in layer["components"]]] = 1.0
         if "bits" in mine[0]:
             widths = [[layer["bits"][t] for t in network.quantized_tensors] for layer in mine]

@@ -2,7 +2,7 @@
 
     peft      adapter for stock PEFT: adapters as decided, base and activations in full precision
     merged    folder for transformers' from_pretrained: adapters merged into the decided weights,
-              activations in full precision; merge_report.json says what that changes
+              activations in full precision; merge_report.json has the score before and after
     packed    the network as decided, every quantized tensor in its own bits (`packed.py`)
 
 Each comes with its tokenizer, a model card, and bayes_lora.json, by which `bayes_lora.load` knows
@@ -12,26 +12,28 @@ it. In regression the head's output is in units of the labels.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from bayes_lora.decided import decide_network
 from bayes_lora.errors import InputError
-from bayes_lora.inference.backbone import default_backbone, load_backbone
+from bayes_lora.inference.backbone import (
+    absolute,
+    default_backbone,
+    load_backbone,
+    rescale_head,
+)
 from bayes_lora.inference.card import model_card
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.decide import judge
+from bayes_lora.inference.decision import decided_by
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.manifest import Manifest, write_manifest
@@ -39,16 +41,8 @@ from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.packed import layout, write_packed
 from bayes_lora.inference.peft_adapter import decided_layers, write_peft
 from bayes_lora.inference.predict import predictions
-from bayes_lora.inference.trained import Trained, read_run, validation
+from bayes_lora.inference.trained import Trained, Validation, read_run, validation_if_there
 from bayes_lora.models.likelihoods import Regression
-
-LOAD = "With bayes-lora: `bayes_lora.load(folder).predict(texts)`."
-USE = {
-    "peft": f"With PEFT: `PeftModel.from_pretrained(backbone, folder)`. {LOAD}",
-    "merged": "With transformers: `AutoModelForSequenceClassification.from_pretrained(folder)`. "
-    + LOAD,
-    "packed": LOAD,
-}
 
 
 def decided_classifier(run: Trained) -> PreTrainedModel:
@@ -68,88 +62,26 @@ def decided_classifier(run: Trained) -> PreTrainedModel:
         config.problem_type = "single_label_classification"
     elif isinstance(likelihood, Regression):
         config.problem_type = "regression"
-        _to_label_units(model, float(likelihood.center), float(likelihood.spread))
+        rescale_head(model, float(likelihood.spread), float(likelihood.center))
     return model
 
 
-@torch.no_grad()
-def _to_label_units(model: PreTrainedModel, center: float, spread: float) -> None:
-    """Fold the likelihood's units into the last layer of the head."""
-    prefix = f"{model.base_model_prefix}."
-    heads = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(prefix)
-    ]
-    head = heads[-1] if heads else None
-    if head is None or head.bias is None or head.out_features != 1:
-        raise InputError(
-            "this backbone's head ends in no linear layer with a bias, which the scale of a "
-            "regression could be put into"
-        )
-    head.weight *= spread
-    head.bias.copy_(spread * head.bias + center)
+def _peft(model: PreTrainedModel, manifest: Manifest, folder: Path) -> nn.Module:
+    stock = load_backbone(manifest.backbone, manifest.task.num_labels).model
+    return write_peft(model, stock, manifest.backbone, folder)
 
 
-@dataclass(frozen=True)
-class Decided:
-    """What is exported: a run at its decision.
-
-    Attributes
-    ----------
-    manifest : Manifest
-        What the export will say of itself.
-    model : PreTrainedModel
-        With a `DecidedLinear` in place of every adapted layer.
-    loader, labels
-        The validation set.
-    """
-
-    manifest: Manifest
-    model: PreTrainedModel
-    loader: DataLoader
-    labels: NDArray[np.number]
-
-    def logits(self) -> Tensor:
-        """Output for the whole validation set, as the loader orders it."""
-        inputs = ({k: v for k, v in batch.items() if k != "labels"} for batch in self.loader)
-        with torch.no_grad():
-            return torch.cat([self.model(**batch).logits for batch in inputs])
-
-    def metrics(self) -> dict[str, float]:
-        """Score, NLL and ECE of what the model now is."""
-        found = predictions(
-            lambda x: self.manifest.distribution(self.model(**x).logits),
-            self.loader,
-            torch.device("cpu"),
-        )
-        judged = evaluate_predictions(self.manifest.task, *found, self.labels)
-        return {name: judged[name] for name in ("score", "nll", "ece")}
+def _merged(model: PreTrainedModel, manifest: Manifest, folder: Path) -> nn.Module:
+    for path, layer in decided_layers(model).items():
+        model.set_submodule(path, layer.merged())
+    model.save_pretrained(folder)
+    return model
 
 
-def _peft(decided: Decided, folder: Path) -> dict[str, float]:
-    backbone = decided.manifest.backbone
-    stock = load_backbone(backbone, decided.manifest.task.num_labels).model
-    write_peft(decided.model, stock, backbone, folder)
-    return {}
-
-
-def _merged(decided: Decided, folder: Path) -> dict[str, float]:
-    before = decided.logits()
-    for path, layer in decided_layers(decided.model).items():
-        decided.model.set_submodule(path, layer.merged())
-    decided.model.save_pretrained(folder)
-    report = {"largest_logit_change": float((decided.logits() - before).abs().max())}
-    report |= {f"merged_{name}": value for name, value in decided.metrics().items()}
-    write_text(folder / "merge_report.json", json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def _packed(decided: Decided, folder: Path) -> dict[str, float]:
-    layers, with_base = decided_layers(decided.model), decided.manifest.with_base
-    write_packed(folder / "packed.safetensors", decided.model, layers, with_base)
-    decided.model.config.save_pretrained(folder)
-    return {"bytes": float((folder / "packed.safetensors").stat().st_size)}
+def _packed(model: PreTrainedModel, manifest: Manifest, folder: Path) -> nn.Module:
+    write_packed(folder / "packed.safetensors", model, decided_layers(model), manifest.with_base)
+    model.config.save_pretrained(folder)
+    return model
 
 
 FORMATS = {"peft": _peft, "merged": _merged, "packed": _packed}
@@ -172,24 +104,26 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
     Returns
     -------
     dict of str to float
-        Metrics of the decision on the validation set; of `merged` what merging changed, of
-        `packed` the size of the file.
+        Costs of the decision and, if the validation set is there, its `score`, `nll` and `ece`; the
+        same of the export, `exported_...`; and the `largest_logit_change` between them.
 
     Raises
     ------
     InputError
-        If the folder is there, or the run cannot be had in this format.
+        If there is no such format, the folder is there, or the run cannot be had in this format.
     """
+    if form not in FORMATS:
+        raise InputError(f"there is no format {form!r}; choose one of {', '.join(FORMATS)}")
     if folder.exists():
         raise InputError(f"{folder} is there already: name another folder")
-    by = json.loads((run.folder / "decision.json").read_text(encoding="utf-8"))["by"]
-    metrics = judge(run, run.gates)
-    loader, labels = validation(run)
+    data = validation_if_there(run)
+    metrics = judge(run, run.gates, data)
     likelihood = run.model.likelihood
-    model = decided_classifier(run)
+    by = decided_by(run.folder / "decision.json")
+    model = decided_classifier(run).eval()
     manifest = Manifest(
         form,
-        run.config.network.backbone or default_backbone(),
+        absolute(run.config.network.backbone or default_backbone()),
         run.task,
         run.config.data.max_length,
         (likelihood.spread * likelihood.log_noise.exp()).item()
@@ -198,20 +132,40 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
         with_base or form == "merged",
         layout(decided_layers(model)),
     )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        metrics |= FORMATS[form](Decided(manifest, model, loader, labels), partial)
-        run.tokenizer.save_pretrained(partial)
-        write_manifest(partial, manifest)
-        write_text(partial / "README.md", model_card(manifest, metrics, USE[form], by))
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
+            partial = Path(made) / folder.name
+            partial.mkdir()
+            before = None if data is None else _logits(model, data)
+            exported = FORMATS[form](model, manifest, partial).eval()
+            if data is not None and before is not None:
+                change = (_logits(exported, data) - before).abs().max()
+                metrics["largest_logit_change"] = float(change)
+                metrics |= _measured(exported, manifest, data)
+            if form == "merged":
+                write_text(partial / "merge_report.json", json.dumps(metrics, indent=2) + "\n")
+            run.tokenizer.save_pretrained(partial)
+            write_manifest(partial, manifest)
+            write_text(partial / "README.md", model_card(manifest, metrics, by))
+            partial.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return metrics
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, data: Validation) -> Tensor:
+    inputs = ({k: v for k, v in batch.items() if k != "labels"} for batch in data.loader)
+    return torch.cat([model(**batch).logits for batch in inputs])
+
+
+def _measured(model: nn.Module, manifest: Manifest, data: Validation) -> dict[str, float]:
+    found = predictions(
+        lambda x: manifest.distribution(model(**x).logits), data.loader, torch.device("cpu")
+    )
+    judged = evaluate_predictions(manifest.task, *found, data.labels)
+    return {f"exported_{name}": judged[name] for name in ("score", "nll", "ece")}
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -232,7 +186,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     metrics = export(read_run(options.run), options.format, options.to, options.with_base)
     for name, value in metrics.items():
         print(f"{name:24} {value:.6g}")
-    print(f"Exported to {options.to}. {USE[options.format]}")
+    print(f"Exported to {options.to}; README.md there says how to load it")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from bayes_lora.inference.files import (
 from bayes_lora.inference.history import History
 from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
 from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate
-from bayes_lora.inference.peft_adapter import read_peft
+from bayes_lora.inference.peft_adapter import start_from_peft
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
@@ -143,7 +143,7 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     task, train, labels = data.task, data.train, data.labels
     model, guide = assemble(config, data.backbone, data.likelihood, priors, len(train))
     if adapter := config.network.init_adapter:
-        guide.loc.data = read_peft(Path(adapter), model.network, guide.loc.detach())
+        start_from_peft(Path(adapter), model, guide)
         settings = replace(settings, warmup_share=0.0)
     phases = plan(
         data.steps(settings.epochs),
@@ -248,12 +248,12 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
 
 
 def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:
-    """What training changed outside the guide: head, likelihood, ranges of the quantizers."""
+    """What a run has outside the guide: head, likelihood, ranges of quantizers, prior logits."""
     state = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return state | {
         name: buffer
         for name, buffer in model.named_buffers()
-        if name.endswith("_limits") or name.startswith("likelihood.")
+        if name.endswith(("_limits", "_prior_logits")) or name.startswith("likelihood.")
     }
 
 

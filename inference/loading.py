@@ -3,12 +3,7 @@
     run = bayes_lora.load("runs/demo")
     run.predict(["The keys to the cabinet are here ."], draws=8)
 
-With draws of the posterior the probabilities p_s of S draws are averaged, and the entropy of the
-average, in nats, is what the data leave open plus what the posterior leaves open:
-
-    H(mean_s p_s) = mean_s H(p_s) + I,        I >= 0 the mutual information of label and latents.
-
-In regression the same holds of variances: that of the noise, and that of the means.
+With draws, probabilities are averaged over the posterior (`predict.described`).
 """
 
 from __future__ import annotations
@@ -27,7 +22,6 @@ from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy import stats
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -44,7 +38,7 @@ from bayes_lora.inference.draws import draw_posterior, draw_weights, unbound
 from bayes_lora.inference.export import export
 from bayes_lora.inference.manifest import NAME, read_manifest
 from bayes_lora.inference.packed import read_packed
-from bayes_lora.inference.predict import Prediction, averaged, predictions
+from bayes_lora.inference.predict import described, predictions
 from bayes_lora.inference.tasks import Task
 from bayes_lora.inference.trained import read_run
 from bayes_lora.network import Latents
@@ -110,26 +104,36 @@ class FineTuned:
         InputError
             If draws are asked of an export, or a text is not what the task has.
         """
-        each = [self.decided]
-        if draws:
-            if self.draw is None:
-                raise InputError(f"{self.folder} is an export without a posterior: no draws")
-            each = self.draw(draws, seed)
-        pairs = len(self.task.text_columns) == 2
-        columns = list(zip(*texts, strict=True)) if pairs else [texts]
-        if len(columns) != len(self.task.text_columns):
-            raise InputError(f"{self.task.name} has {' and '.join(self.task.text_columns)}")
-        found = self.tokenizer(*map(list, columns), truncation=True, max_length=self.max_length)
+        columns = self._columns(texts)
+        if draws < 0 or not 0 <= seed < 2**32:
+            raise InputError("draws must be at least 0, and seed from 0 to 4294967295")
+        if draws and self.draw is None:
+            raise InputError(f"{self.folder} is an export without a posterior: no draws")
+        tokens = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
         loader = evaluation_batches(
-            Dataset.from_dict(dict(found)), DataCollatorWithPadding(self.tokenizer)
+            Dataset.from_dict(dict(tokens)), DataCollatorWithPadding(self.tokenizer)
         )
-        parts = [predictions(labels, loader, self.device) for labels in each]
-        return described(
-            self.task, (np.stack([a for a, _ in parts]), np.stack([b for _, b in parts]))
-        )
+        with torch.random.fork_rng():  # the caller's random state stays as it is
+            each = self.draw(draws, seed) if draws and self.draw else [self.decided]
+            parts = [predictions(labels, loader, self.device) for labels in each]
+        first, second = zip(*parts, strict=True)
+        return described(self.task, (np.stack(first), np.stack(second)))
 
-    def save_pretrained(self, folder: str | Path, form: str = "packed") -> None:
-        """Write an export; that of an export is a copy.
+    def _columns(self, texts: Sequence[str | tuple[str, str]]) -> list[list[str]]:
+        """The texts by column, checked."""
+        wanted = self.task.text_columns
+        if isinstance(texts, str) or len(texts) == 0:
+            raise InputError("give a list of texts, one or more")
+        rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
+        for number, row in enumerate(rows):
+            if len(row) != len(wanted) or not all(isinstance(text, str) for text in row):
+                raise InputError(f"text {number} is not what this task has: {' and '.join(wanted)}")
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    def save_pretrained(
+        self, folder: str | Path, form: str = "packed", with_base: bool = True
+    ) -> None:
+        """Write an export of a run; an export itself is copied as it is.
 
         Parameters
         ----------
@@ -137,18 +141,29 @@ class FineTuned:
             Must not be there yet.
         form : str
             Of a run: peft, merged or packed.
-        """
-        if self.draw is None:
-            shutil.copytree(self.folder, folder)
-        else:
-            export(read_run(self.folder), form, Path(folder))
+        with_base : bool
+            Of packed: with the frozen weights, so that it can be loaded where the backbone is not.
 
-    def push_to_hub(self, repo_id: str, form: str = "packed", private: bool = False) -> str:
-        """Put an export on the hub, and return its address; parameters as of the hub's client."""
+        Raises
+        ------
+        InputError
+            If the folder is there, or the run cannot be had in this format.
+        """
+        if self.draw is not None:
+            export(read_run(self.folder), form, Path(folder), with_base and form == "packed")
+        elif Path(folder).exists():
+            raise InputError(f"{folder} is there already: name another folder")
+        else:
+            shutil.copytree(self.folder, folder)
+
+    def push_to_hub(
+        self, repo_id: str, form: str = "packed", with_base: bool = True, private: bool = False
+    ) -> str:
+        """Put an export on the hub, and return its address; see `save_pretrained`."""
         api = HfApi()
         with TemporaryDirectory() as parent:
             folder = Path(parent) / "export"
-            self.save_pretrained(folder, form)
+            self.save_pretrained(folder, form, with_base)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
@@ -219,7 +234,8 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
     try:
         network = _network(folder).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, SafetensorError, AttributeError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
+            RuntimeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} is damaged ({reason}): export again") from error
     return FineTuned(
@@ -240,33 +256,12 @@ def _network(folder: Path) -> nn.Module:
             model = load_backbone(manifest.backbone, manifest.task.num_labels).model
         state = load_file(folder / "packed.safetensors")
         return read_packed(state, model, manifest.layers, manifest.with_base)
-    from peft import PeftModel
+    if manifest.form != "peft":
+        raise ValueError(f"unknown format {manifest.form!r}")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"{folder} is PEFT's: pip install 'bayes-lora[compare]'") from error
 
     stock = load_backbone(manifest.backbone, manifest.task.num_labels).model
     return cast(nn.Module, PeftModel.from_pretrained(stock, str(folder)))
-
-
-def described(task: Task, prediction: Prediction) -> dict[str, NDArray[Any]]:
-    """Labels and uncertainties of predictions with a first axis for the draws.
-
-    Examples
-    --------
-    >>> from bayes_lora.inference.tasks import TASKS
-    >>> sure = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])  # two draws that contradict each other
-    >>> found = described(TASKS["cola"], (sure, np.empty((2, 0))))
-    >>> found["entropy"].round(3), found["entropy_data"].round(3)
-    (array([0.693]), array([0.]))
-    """
-    mean, deviation = averaged(prediction)
-    if task.is_regression:
-        noise = (prediction[1] ** 2).mean(0)
-        return {
-            "label": mean, "variance": deviation**2, "variance_data": noise,
-            "variance_posterior": (deviation**2 - noise).clip(0),
-        }  # fmt: skip
-    total, of_data = stats.entropy(mean, axis=-1), stats.entropy(prediction[0], axis=-1).mean(0)
-    return {
-        "label": np.array(task.label_names)[mean.argmax(-1)],
-        "probability": mean.max(-1), "probabilities": mean, "entropy": total,
-        "entropy_data": of_data, "entropy_posterior": (total - of_data).clip(0),
-    }  # fmt: skip

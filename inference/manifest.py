@@ -22,6 +22,8 @@ NAME = "bayes_lora.json"
 class Manifest(NamedTuple):
     """What an export says of itself.
 
+    The backbone is an absolute path if it is a folder of one's own.
+
     Attributes
     ----------
     form : str

@@ -14,7 +14,7 @@ as it did in training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -121,7 +121,7 @@ def read_packed(
     for name, stored in state.items():
         if name.startswith("module."):
             model.get_parameter(name.removeprefix("module.")).copy_(stored)
-    codes, limits = _parts(state["codes"]), _parts(state["limits"])
+    codes, limits = _Parts(state["codes"]), _Parts(state["limits"])
     for path, size in sizes.items():
         base = cast(nn.Linear, model.get_submodule(path))
         rank, rows, columns = size["rank"], size["out"], size["in"]
@@ -143,28 +143,30 @@ def read_packed(
                     grid = Grid(bits, searched_limits(base.weight, (1,), (bits,))[0])
                 base.weight.copy_(grid(base.weight))
             elif bits != UNQUANTIZED:
-                grid = Grid(bits, limits(grid.limit.numel()).view(of_limit))
+                grid = Grid(bits, limits.take(grid.limit.numel()).view(of_limit))
             grids[tensor] = grid
             if tensor in STORED and (tensor != "weight" or with_base):
                 size_in_bytes = packed_size(torch.Size(shape).numel(), bits)
-                values[tensor] = _values(codes(size_in_bytes), grid, shape)
+                values[tensor] = _values(codes.take(size_in_bytes), grid, shape)
         if with_base:
             base.weight.copy_(values["weight"])
         layer = DecidedLinear(base, values["A"], values["e"], values["B"], size["scaling"], grids)
         model.set_submodule(path, layer)
+    if len(codes.rest) or len(limits.rest):
+        raise RuntimeError("there are more codes, or limits, than bayes_lora.json tells of")
     return model
 
 
-def _parts(whole: Tensor) -> Callable[[int], Tensor]:
-    """A function that gives the next so many entries; one too many is a RuntimeError."""
-    place = 0
+class _Parts:
+    """Hands out a long tensor part by part; what is not there is a RuntimeError."""
 
-    def take(count: int) -> Tensor:
-        nonlocal place
-        place += count
-        return whole.narrow(0, place - count, count)
+    def __init__(self, whole: Tensor) -> None:
+        self.rest = whole
 
-    return take
+    def take(self, count: int) -> Tensor:
+        """The next so many entries."""
+        part, self.rest = self.rest.split([count, len(self.rest) - count])
+        return part
 
 
 def _values(stored: Tensor, grid: Grid, shape: tuple[int, ...]) -> Tensor:

@@ -16,20 +16,27 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bayes_lora.decided import DecidedLinear
 from bayes_lora.errors import InputError
 from bayes_lora.flat_weights import split_weights
+from bayes_lora.inference.backbone import rescale_head
 from bayes_lora.inference.truncation import singular_components
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Regression
+from bayes_lora.models.model import BayesianLoRA
 from bayes_lora.network import AdaptedNetwork
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways of PEFT to start an adapter
+SAVED_BY_PEFT = {"classifier", "score"}  # heads that it saves without being told
 
 
 def decided_layers(model: nn.Module) -> dict[str, DecidedLinear]:
@@ -49,19 +56,24 @@ def modules_to_save(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def write_peft(model: nn.Module, stock: nn.Module, backbone: str, folder: Path) -> None:
+def write_peft(model: nn.Module, stock: PreTrainedModel, backbone: str, folder: Path) -> nn.Module:
     """Write the adapter that `PeftModel.from_pretrained` puts on the backbone.
 
     Parameters
     ----------
     model : Module
         With decided layers and the trained head.
-    stock : Module
+    stock : PreTrainedModel
         The backbone as transformers loads it; it gets the adapters.
     backbone : str
         Its name, for adapter_config.json.
     folder : Path
         Gets adapter_config.json and adapter_model.safetensors.
+
+    Returns
+    -------
+    Module
+        The backbone with the adapter on.
 
     Raises
     ------
@@ -90,7 +102,7 @@ def write_peft(model: nn.Module, stock: nn.Module, backbone: str, folder: Path) 
         exclude_modules="|".join(map(re.escape, empty)) or None,
         rank_pattern=odd,
         alpha_pattern={path: scaling * rank for path, rank in odd.items()},
-        modules_to_save=saved,
+        modules_to_save=sorted(set(saved) - SAVED_BY_PEFT) or None,
         lora_dropout=0.0,
     )
     wrapped = get_peft_model(stock, config)
@@ -106,6 +118,21 @@ def write_peft(model: nn.Module, stock: nn.Module, backbone: str, folder: Path) 
                 mine = f"base_model.model.{module}.modules_to_save.default.{rest}"
                 parameters[mine].copy_(parameter)
     wrapped.save_pretrained(str(folder))
+    return wrapped
+
+
+def start_from_peft(folder: Path, model: BayesianLoRA, guide: GateGuide) -> None:
+    """Put model and guide where a LoRA adapter of PEFT left off; errors are those of `read_peft`.
+
+    A class is its number there: an adapter that was trained with its classes in another order
+    starts with them in this one.
+    """
+    guide.loc.data = read_peft(folder, model.network, guide.loc.detach())
+    likelihood = model.likelihood
+    if isinstance(likelihood, Regression):  # theirs is in units of the labels
+        center, spread = float(likelihood.center), float(likelihood.spread)
+        backbone = cast(PreTrainedModel, model.network.backbone)
+        rescale_head(backbone, 1 / spread, -center / spread)
 
 
 @torch.no_grad()
@@ -139,7 +166,10 @@ def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
         lora_A, lora_B = state[path + LORA_A], state[path + LORA_B]
         rank = len(lora_A)
         if path not in places:
-            raise InputError(f"{folder} adapts {path}, which --target_modules leaves out")
+            raise InputError(
+                f"{folder} adapts {path}, which --target_modules leaves out, or which has another "
+                "name in this backbone"
+            )
         if rank > network.rank:
             raise InputError(f"{folder} has rank {rank} at {path}: give --rank {rank}")
         A, _, B = places[path]
@@ -156,6 +186,7 @@ def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
         if name not in trained or trained[name].shape != tensor.shape:
             raise InputError(f"{folder} has {name}, which does not fit this backbone and task")
         trained[name].copy_(tensor)
+        trained[name].requires_grad_(True)  # part of the encoder or not, it was and is trained
     return weights
 
 
@@ -172,6 +203,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for option in ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication"):
         if config.get(option):
             raise InputError(f"{folder} has {option}, which these adapters do not have")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
+        raise InputError(f"{folder} was started by {start}, which changes the backbone's weights")
     if config.get("bias", "none") != "none":
         raise InputError(f"{folder} has trained biases, which these adapters do not have")
     return config, {name.removeprefix("base_model.model."): t for name, t in state.items()}

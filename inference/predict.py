@@ -7,6 +7,7 @@ empty array. Regression: means (..., examples) and standard deviations (..., exa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.errors import NumericalError
 from bayes_lora.inference.metrics import SMALLEST_PROBABILITY
+from bayes_lora.inference.tasks import Task
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.network import Latents
@@ -181,3 +183,34 @@ def draw_labels(prediction: Prediction, generator: np.random.Generator) -> NDArr
         return generator.normal(first, second)
     u = generator.random(first.shape[:-1])[..., None]
     return np.minimum((u > first.cumsum(-1)).sum(-1), first.shape[-1] - 1)
+
+
+def described(task: Task, prediction: Prediction) -> dict[str, NDArray[Any]]:
+    """Labels and uncertainties of predictions with a first axis for the draws.
+
+    The entropy of the averaged probabilities p_s, in nats, is what the data leave open plus what
+    the posterior leaves open; in regression, the variance is that of the noise and of the means:
+
+        H(mean_s p_s) = mean_s H(p_s) + I,      I >= 0 the mutual information of label and latents.
+
+    Examples
+    --------
+    >>> from bayes_lora.inference.tasks import TASKS
+    >>> sure = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])  # two draws that contradict each other
+    >>> found = described(TASKS["cola"], (sure, np.empty((2, 0))))
+    >>> found["entropy"].round(3), found["entropy_data"].round(3)
+    (array([0.693]), array([0.]))
+    """
+    mean, deviation = averaged(prediction)
+    if task.is_regression:
+        noise = (prediction[1] ** 2).mean(0)
+        return {
+            "label": mean, "variance": deviation**2, "variance_data": noise,
+            "variance_posterior": (deviation**2 - noise).clip(0),
+        }  # fmt: skip
+    total, of_data = stats.entropy(mean, axis=-1), stats.entropy(prediction[0], axis=-1).mean(0)
+    return {
+        "label": np.array(task.label_names)[mean.argmax(-1)],
+        "probability": mean.max(-1), "probabilities": mean, "entropy": total,
+        "entropy_data": of_data, "entropy_posterior": (total - of_data).clip(0),
+    }  # fmt: skip

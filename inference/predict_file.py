@@ -65,11 +65,15 @@ def read_rows(file: TextIO, suffix: str, columns: Sequence[str]) -> Iterator[Row
     """
     if suffix != ".csv":
         return _json_rows(file, columns)
-    table = csv.DictReader(file, strict=True)
-    if missing := [name for name in columns if name not in (table.fieldnames or ())]:
-        has = ", ".join(table.fieldnames or ()) or "none"
+    table = csv.reader(file, strict=True)
+    try:
+        header = next(table, [])
+    except csv.Error as error:
+        raise InputError(f"the header of the input is no csv: {error}") from error
+    if missing := [name for name in columns if name not in header]:
+        has = ", ".join(header) or "none"
         raise InputError(f"the input has no column {missing[0]!r}; it has {has}")
-    return _csv_rows(table, columns)
+    return _csv_rows(table, header, columns)
 
 
 def _json_rows(file: TextIO, columns: Sequence[str]) -> Iterator[Row]:
@@ -78,24 +82,29 @@ def _json_rows(file: TextIO, columns: Sequence[str]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Row(line, (), f"not JSON: {error}")
             continue
         yield _row(line, row, columns, "" if isinstance(row, dict) else "not a JSON object")
 
 
-def _csv_rows(table: csv.DictReader, columns: Sequence[str]) -> Iterator[Row]:
+def _csv_rows(
+    table: Iterator[list[str]], header: Sequence[str], columns: Sequence[str]
+) -> Iterator[Row]:
     while True:
-        line = table.line_num + 1
+        before = table.line_num  # type: ignore[attr-defined]  # a reader has it
         try:
-            row = next(table, None)
+            values = next(table, None)
         except csv.Error as error:
-            yield Row(line, (), f"not csv: {error}")
+            last = table.line_num  # type: ignore[attr-defined]
+            yield Row(before + 1, (), f"not csv up to line {last}: {error}")
             continue
-        if row is None:
+        if values is None:
             return
-        extra = "more values than the header has" if None in row else ""
-        yield _row(line, {k: v or None for k, v in row.items()}, columns, extra)
+        if values:  # a blank line is no row
+            wrong = "" if len(values) == len(header) else f"{len(values)} values for {len(header)}"
+            row = {name: value or None for name, value in zip(header, values, strict=False)}
+            yield _row(before + 1, row, columns, wrong)
 
 
 def _row(line: int, row: Any, columns: Sequence[str], error: str) -> Row:  # noqa: ANN401 (as read)
@@ -153,11 +162,14 @@ def predict_file(
     """
     partial = target.with_name(target.name + ".partial")
     settings = target.with_name(target.name + ".settings")
-    says = (model.folder / "decision.json", model.folder / MANIFEST)
-    made = [path.stat().st_mtime_ns for path in says if path.exists()]
-    mine = json.dumps([str(model.folder), made, str(source), draws, seed])
+    parts = ("decision.json", "guide.safetensors", "head.safetensors", MANIFEST)
+    read = [source, *(path for name in parts if (path := model.folder / name).exists())]
+    mine = json.dumps([[str(path), path.stat().st_mtime_ns] for path in read] + [draws, seed])
     if partial.exists() and (not settings.exists() or settings.read_text() != mine):
-        raise InputError(f"{partial} is of another command: remove it, or name another output")
+        raise InputError(
+            f"{partial} is of another command, or of another state of the input or the run: "
+            "remove it, or name another output"
+        )
     names = ["line", *FIELDS[model.task.is_regression], "error"]
     bad, first = 0, []
 
@@ -196,10 +208,10 @@ def predict_file(
     except OSError as error:
         raise InputError(f"cannot read {source} or write {target}: {error.strerror}") from error
     finally:
-        if partial.exists() and not partial.stat().st_size:  # nothing to go on with
+        if partial.is_file() and not partial.stat().st_size:  # nothing to go on with
             partial.unlink()
-        if not partial.exists():
-            settings.unlink(missing_ok=True)
+        if settings.is_file() and not partial.exists():
+            settings.unlink()
     return total, bad, first
 
 
@@ -225,7 +237,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, required=True, help=".jsonl or .csv")
     parser.add_argument("--output", type=Path, required=True, help=".jsonl or .csv")
     parser.add_argument(
-        "--draws", type=int, default=0, help="of the posterior, to average over; 0: the decision"
+        "--draws",
+        type=int,
+        default=0,
+        help="of the posterior, to average over; 0: the network as it was decided",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -237,6 +252,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise InputError("draws must be at least 0, and seed from 0 to 4294967295")
     if not options.input.is_file():
         raise InputError(f"there is no file {options.input}; check the path")
+    if options.output.is_dir() or options.output.resolve() == options.input.resolve():
+        raise InputError(f"{options.output} is a folder, or the input: name another output")
     if options.output.exists() and not options.overwrite:
         raise InputError(f"{options.output} is there already: replace it with --overwrite")
     quiet()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -94,8 +95,15 @@ def read_run(folder: Path) -> Trained:
     return Trained(folder, config, task, backbone.tokenizer, model.eval(), guide, gates)
 
 
-def validation(run: Trained) -> tuple[DataLoader, NDArray[np.number]]:
-    """Batches of the validation set that the run had, and its labels.
+class Validation(NamedTuple):
+    """The validation set of a run: its batches, and labels in the order of the data."""
+
+    loader: DataLoader
+    labels: NDArray[np.number]
+
+
+def validation(run: Trained) -> Validation:
+    """Read the validation set that a run had.
 
     Raises
     ------
@@ -105,7 +113,16 @@ def validation(run: Trained) -> tuple[DataLoader, NDArray[np.number]]:
     _, _, examples = load_task(run.config.data, data_seed(run.config.training))
     tokens = tokenize(examples, run.task, run.tokenizer, run.config.data.max_length)
     loader = evaluation_batches(tokens, DataCollatorWithPadding(run.tokenizer))
-    return loader, np.asarray(tokens["labels"][:])
+    return Validation(loader, np.asarray(tokens["labels"][:]))
+
+
+def validation_if_there(run: Trained) -> Validation | None:
+    """Like `validation`; None, and a word about it, if the data are no longer there."""
+    try:
+        return validation(run)
+    except InputError as error:
+        print(f"bayes-lora: nothing is measured, without data: {error}", file=sys.stderr)
+        return None
 
 
 def write_task(path: Path, task: Task, num_examples: int) -> None:
@@ -155,3 +172,5 @@ def _fill(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
         )
     for parameter, tensor in state.items():
         known[parameter].copy_(tensor)
+        if isinstance(known[parameter], torch.nn.Parameter):
+            known[parameter].requires_grad_(True)  # whatever was saved was trained

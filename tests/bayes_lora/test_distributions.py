@@ -228,3 +228,18 @@ def test_a_point_mass_guide_finds_the_mode_under_validation():
     torch.testing.assert_close(
         pyro.param("loc").detach(), torch.tensor([0.8, -1.6]), atol=1e-3, rtol=0
     )
+
+
+def test_the_mean_is_that_of_draws_and_has_its_derivative():
+    logits = torch.tensor([-7.0, -2.0, 0.4, 3.0, 12.0], dtype=torch.double, requires_grad=True)
+    gate = HardConcrete(2 / 3, logits=logits)
+    draws = gate.rsample((400_000,))
+    error = draws.std(0) / 400_000**0.5
+    assert ((draws.mean(0) - gate.mean).abs() < 4.5 * error + 1e-6).all()
+    (pathwise,) = torch.autograd.grad(draws.mean(0).sum(), logits, retain_graph=True)
+    (exact,) = torch.autograd.grad(gate.mean.sum(), logits)
+    torch.testing.assert_close(pathwise[1:4], exact[1:4], rtol=0.03, atol=0)
+    # P(z > t) = sigmoid(logit - L(t)): far out, the derivative falls as exp(-|logit|)
+    far = HardConcrete(2 / 3, logits=torch.tensor([20.0, 21.0], dtype=torch.double))
+    gap = 1 - far.mean
+    assert float(gap[0] / gap[1]) == pytest.approx(2.718281828, rel=1e-4)

@@ -9,9 +9,9 @@ from bayes_lora.costs import totals
 from bayes_lora.gates import nested
 from bayes_lora.inference.bundle import read_bundle, write_bundle
 from bayes_lora.inference.cli import main
-from bayes_lora.inference.decide import evidence, judge
+from bayes_lora.inference.decide import judge
 from bayes_lora.inference.decision import read_decision
-from bayes_lora.inference.trained import read_run
+from bayes_lora.inference.trained import read_run, validation
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_run_that_is_read_back_predicts_as_it_did(run, changes):
     folder = run(**changes)
     found = read_run(folder)
     metrics = json.loads((folder / "metrics.json").read_text())
-    judged = judge(found, found.gates)
+    judged = judge(found, found.gates, validation(found))
     for name in ("score", "nll", "ece"):
         assert judged[name] == pytest.approx(metrics[name], abs=1e-6)
     structure = found.model.network.structure
@@ -57,7 +57,9 @@ def test_a_regression_is_read_back_with_its_scale(run, inputs):
     folder = run(**files, label_column="label")
     metrics = json.loads((folder / "metrics.json").read_text())
     found = read_run(folder)
-    assert judge(found, found.gates)["nll"] == pytest.approx(metrics["nll"], abs=1e-6)
+    assert judge(found, found.gates, validation(found))["nll"] == pytest.approx(
+        metrics["nll"], abs=1e-6
+    )
 
 
 def test_classes_of_ones_own_have_their_names(run, inputs, tmp_path):
@@ -88,7 +90,7 @@ def test_tighter_budgets_use_less_and_the_last_one_is_refused(run, capsys):
     assert content["relative_bops_32"] == pytest.approx(used[-1])
     assert content["by"].startswith("max_bops")
     assert main(["decide", str(folder), "--max_bops", "1e-5"]) == 2
-    assert "with every gate closed" in capsys.readouterr().err
+    assert "a budget of 1e-05 cannot be met: with every gate closed" in capsys.readouterr().err
     assert json.loads((folder / "decision.json").read_text()) == content
     assert main(["decide", str(folder)]) == 0
     assert read_run(folder).gates.rank_gate.equal(start.gates.rank_gate)
@@ -106,25 +108,6 @@ def test_a_budget_of_bytes_and_a_probability(run, capsys):
     rank, bits = found.guide.open_probabilities()
     assert torch.equal(sure.rank_gate.cumprod(-1), (rank.cumprod(-1) > 0.8).float())
     assert torch.equal(sure.bit_gate, (bits.cumprod(-1) > 0.8).float())
-
-
-def test_a_posterior_that_the_data_left_alone_is_worth_nothing(run):
-    """Also where a price couples the gates."""
-    found = read_run(run())
-    with torch.no_grad():
-        for _ in range(200):  # to the point where every gate is as it would be without data
-            now = found.model.logits_without_data(found.guide.open_probabilities())
-            for parameter, logits in zip(
-                (found.guide.rank_logits, found.guide.bit_logits), now, strict=True
-            ):
-                parameter.copy_(logits)
-    stats = read_bundle(found.folder / "posterior.nc")
-    for name, logits in zip(("rank", "bit"), now, strict=True):
-        stats.sample_stats[f"{name}_without_data"][0] = logits.sigmoid().numpy()
-    write_bundle(found.folder / "posterior.nc", stats)
-    rank, bits = evidence(found)
-    torch.testing.assert_close(rank, torch.zeros(12, 3).double(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(bits, torch.zeros(12, 6, 3).double(), atol=1e-4, rtol=0)
 
 
 def test_a_decision_that_is_not_of_the_network(run, tmp_path):
@@ -175,3 +158,31 @@ def test_restarts_are_named(run, capsys):
 def test_a_run_without_gates_has_nothing_to_decide(run, capsys):
     assert main(["decide", str(run(method="lora"))]) == 2
     assert "no gates to decide" in capsys.readouterr().err
+
+
+def test_without_the_data_it_is_decided_but_not_measured(run, tmp_path, inputs, capsys):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes((inputs / "validation.jsonl").read_bytes())
+    folder = run(validation_file=mine)
+    mine.unlink()
+    assert main(["decide", str(folder), "--min_probability", "0.7"]) == 0
+    printed = capsys.readouterr()
+    assert "nothing is measured, without data" in printed.err
+    assert "score" not in printed.out
+    assert json.loads((folder / "decision.json").read_text())["by"] == "min_probability 0.7"
+
+
+def test_a_price_of_any_size_leaves_a_finite_worth(run, capsys):
+    """Where bit operations cost thousands of nats a gate."""
+    folder = run()
+    found = read_run(folder)
+    share = totals(found.model.network, *found.gates)["relative_bops_32"]
+    bundle = read_bundle(folder / "posterior.nc")
+    bundle.sample_stats["price"][:] = 3e6
+    write_bundle(folder / "posterior.nc", bundle)
+    capsys.readouterr()
+    assert main(["decide", str(folder), "--max_bops", str(0.8 * share)]) == 0
+    assert "nan" not in capsys.readouterr().out
+    after = read_run(folder)
+    used = totals(after.model.network, *after.gates)["relative_bops_32"]
+    assert 0.5 * share < used <= 0.8 * share

@@ -2,15 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
+import bayes_lora
 from bayes_lora.errors import InputError
 from bayes_lora.flat_weights import split_weights
+from bayes_lora.inference.cli import main
+from bayes_lora.inference.decide import judge
 from bayes_lora.inference.peft_adapter import read_peft
-from bayes_lora.inference.trained import read_run
+from bayes_lora.inference.trained import read_run, validation
 from bayes_lora.network import AdaptedNetwork, Latents
 
 
@@ -84,6 +88,7 @@ def test_a_run_starts_there_without_a_warm_up(adapter, command, read_history, tm
         ({}, {"target_modules": ".*query"}, "--target_modules leaves out"),
         ({"use_dora": True}, {}, "has use_dora"),
         ({"bias": "all"}, {}, "trained biases"),
+        ({"init_lora_weights": "olora"}, {}, "changes the backbone's weights"),
     ],
 )
 def test_what_cannot_be_a_start_is_refused(adapter, inputs, options, changes, said):
@@ -114,3 +119,42 @@ def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
     }
     with pytest.raises(InputError, match=said[damage]):
         read_peft(folder, network, network.initial_adapter_weights())
+
+
+def test_an_encoder_that_was_trained_with_the_adapter_is_kept(adapter, command, tmp_path, capsys):
+    """The pooler came with the adapter; it is not the pretrained one."""
+    folder, model = adapter(modules_to_save=["classifier", "pooler"])
+    code, _, err = command(init_adapter=folder, price=3)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    found = read_run(tmp_path / "run")
+    judged = judge(found, found.gates, validation(found))
+    assert judged["nll"] == pytest.approx(metrics["nll"], abs=1e-6)
+    name = "base_model.model.bert.pooler.modules_to_save.default.dense.weight"
+    theirs = dict(model.named_parameters())[name]
+    ours = found.model.network.backbone.bert.pooler.dense.weight
+    assert (ours - theirs).abs().max() < 0.05  # where it started, give or take the training
+    assert (
+        main(["export", str(tmp_path / "run"), "--format", "peft", "--to", str(tmp_path / "p")])
+        == 0
+    )
+    saved = json.loads((tmp_path / "p" / "adapter_config.json").read_text())["modules_to_save"]
+    assert "bert.pooler.dense" in saved
+
+
+def test_a_regression_starts_where_it_was_exported(command, inputs, tmp_path):
+    """A head of PEFT's gives labels in their units; ours works in standard deviations of them."""
+    files = {f"{split}_file": inputs / f"{split}_scores.jsonl" for split in ("train", "validation")}
+    code, _, err = command(
+        **files, method="lora", output_dir=tmp_path / "first", learning_rate=0.01
+    )
+    assert code == 0, err
+    first = tmp_path / "first"
+    assert main(["export", str(first), "--format", "peft", "--to", str(tmp_path / "peft")]) == 0
+    code, _, err = command(
+        **files, method="lora", init_adapter=tmp_path / "peft", learning_rate=1e-12, epochs=1
+    )
+    assert code == 0, err
+    texts = ["the key is here .", "the dogs sing ."]
+    wanted, found = (bayes_lora.load(f).predict(texts)["label"] for f in (first, tmp_path / "run"))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -68,19 +69,22 @@ def test_csv_in_and_out(predict, tmp_path):
         table = csv.writer(file)
         table.writerow(["id", "sentence"])
         table.writerows([[1, "the key is here ."], [2, "the dogs,\nsing"], [3, ""]])
+        file.write('\n\n4,the key,sings\n5,the dogs sing\n6,"open to the end\n7,lost\n')
     code, out, err, rows = predict(source, ".csv")
     assert code == 0
-    assert [row["line"] for row in rows] == ["2", "3", "5"]
-    assert [bool(row["label"]) for row in rows] == [True, True, False]
+    assert [row["line"] for row in rows] == ["2", "3", "5", "8", "9", "10"]
+    assert [bool(row["label"]) for row in rows] == [True, True, False, False, True, False]
     assert rows[2]["error"] == "sentence is missing"
+    assert rows[3]["error"] == "3 values for 2"
+    assert rows[5]["error"].startswith("not csv up to line 11")
     assert "line 5: sentence is missing" in err
-    assert "3 rows, 1 of them" in out
+    assert "6 rows, 3 of them" in out
 
 
 def test_bad_rows_are_counted_and_the_rest_is_predicted(predict, tmp_path):
     good = json.dumps({"sentence": "the key is here ."}).encode()
     bad = [
-        b"{", b"[1]", b'{"text": "a"}', b'{"sentence": 3}', b'{"sentence": null}',
+        b"{" + b"[" * 200_000, b"[1]", b'{"text": "a"}', b'{"sentence": 3}', b'{"sentence": null}',
         b'{"sentence": "\xff"}', b'{"sentence": "\\ud800"}',
     ]  # fmt: skip
     source = tmp_path / "in.jsonl"
@@ -123,6 +127,11 @@ def test_an_interrupted_file_is_gone_on_with(predict, tmp_path, monkeypatch, suf
     code, _, err, _ = predict(source, suffix, "--draws", "3")
     assert code == 2
     assert "is of another command" in err
+    times = source.stat()
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns + 1))  # it was written to
+    code, _, err, _ = predict(source, suffix, "--draws", "2")
+    assert (code, "another state of the input" in err) == (2, True)
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     del calls[:]
     monkeypatch.setattr(FineTuned, "predict", lambda *given: calls.append(1) or real(*given))
     code, out, err, rows = predict(source, suffix, "--draws", "2")
@@ -161,11 +170,13 @@ def test_memory_is_that_of_a_chunk(run, tmp_path, monkeypatch):
         ("in.txt", [], "must end in .jsonl or .csv"),
         ("nosuch.jsonl", [], "there is no file"),
         ("in.csv", [], "has no column 'sentence'; it has text"),
+        ("bad.csv", [], "header of the input is no csv"),
         ("in.jsonl", ["--draws", "-1"], "draws must be at least 0"),
     ],
 )
 def test_wrong_input_is_one_line(predict, tmp_path, name, words, said):
     (tmp_path / "in.txt").write_text("x")
+    (tmp_path / "bad.csv").write_text('"a"b,sentence\n')
     (tmp_path / "in.csv").write_text("text\na\n")
     lines(tmp_path / "in.jsonl", [{"sentence": "a"}])
     code, _, err, rows = predict(tmp_path / name, ".jsonl", *words)
