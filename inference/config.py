@@ -91,9 +91,6 @@ class TrainingConfig:
     overwrite: bool = _option(False, "replace a run that output_dir already holds")
     epochs: float = _option(10.0, "passes over the training set, all phases together")
     batch_size: int = _option(32, "examples a step")
-    train_draws: int = _option(
-        1, "draws of weights and gates a step, each for its part of the batch"
-    )
     train_sampling_strategy: Literal["random", "group_by_length"] = _option(
         "random", "group_by_length makes batches of like length: less padding, less variety"
     )
@@ -161,7 +158,6 @@ class FinetuneConfig:
                 training.max_grad_norm > 0
             ),
             f"batch_size is {training.batch_size}: give at least 1": training.batch_size >= 1,
-            f"train_draws is {training.train_draws}: give at least 1": training.train_draws >= 1,
             f"learning_rate is {training.learning_rate}: give a number > 0": (
                 0 < training.learning_rate < math.inf
             ),

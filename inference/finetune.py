@@ -157,7 +157,6 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         settings.learning_rate,
         settings.gate_learning_rate or gate_learning_rate(phases),
         settings.max_grad_norm,
-        settings.train_draws,
     )
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     open_folder(folder, OUTPUTS)

@@ -40,14 +40,11 @@ class Optimisation:
         Of the gate logits; constant.
     max_grad_norm : float
         Clipping threshold of the gradient of -ELBO / N.
-    draws : int
-        Draws of all latents a step, each for its part of the batch.
     """
 
     learning_rate: float = 1e-3
     gate_learning_rate: float = 0.05
     max_grad_norm: float = 1.0
-    draws: int = 1
 
 
 def gate_learning_rate(phases: list[Phase]) -> float:

@@ -112,14 +112,10 @@ def fit(
                 fixed = decide()
             for step in range(phase.steps):
                 kl_weight = phase.kl_weight(step)
-                losses, terms = [], []
-                for part in parts(next(batches), optimisation.draws):
-                    losses.append(module(part, part.pop("labels"), kl_weight, fixed))
-                    terms.append(elbo.terms)
-                loss = torch.stack(losses).mean() / model.num_examples
-                mean = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+                batch = dict(next(batches))
+                loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
                 record = record_step(
-                    next(steps), phase.name, kl_weight, loss.item(), mean, model, guide
+                    next(steps), phase.name, kl_weight, loss.item(), elbo.terms, model, guide
                 )
                 if not torch.isfinite(loss):
                     _copy(good, parameters)
@@ -146,18 +142,6 @@ def fit(
     if fixed is None:  # nothing settled
         fixed = decide()
     return fixed
-
-
-def parts(batch: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Deal the examples of a batch into so many parts, or as many as there are examples.
-
-    Examples
-    --------
-    >>> [part["labels"].tolist() for part in parts({"labels": torch.arange(5)}, 2)]
-    [[0, 2, 4], [1, 3]]
-    """
-    count = min(count, len(next(iter(batch.values()))))
-    return [{name: values[i::count] for name, values in batch.items()} for i in range(count)]
 
 
 @torch.no_grad()

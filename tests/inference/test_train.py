@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from bayes_lora.inference.elbo import TermwiseELBO
 from bayes_lora.inference.history import History
 from bayes_lora.inference.optimisation import gate_learning_rate
 from bayes_lora.inference.phases import Phase, plan
 from bayes_lora.inference.table import rank_and_bits_table
-from bayes_lora.inference.train import parts, record_step
+from bayes_lora.inference.train import record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -86,21 +85,3 @@ def test_the_log_likelihood_at_the_end_is_of_the_last_phase(network, tmp_path):
             history.add(record_step(step, phase, 1.0, 0.7, terms, model, guide))
     assert history.last(3)["log_likelihood"] == pytest.approx((-4 + 1) / 2)
     assert history.last(1)["log_likelihood"] == pytest.approx(1)
-
-
-def test_draws_of_a_step_have_parts_of_the_batch_and_the_same_expectation(network, batch):
-    """Nothing is drawn here, so the mean over parts of one size is the loss of the whole."""
-    model = BayesianLoRA(
-        network, Classification(), Priors(), num_examples=40, rank_gates=False, bit_gates=False
-    )
-    guide = GateGuide(model, torch.zeros(network.num_adapter_weights))
-    elbo = TermwiseELBO()
-    module = elbo(model, guide)
-    whole = {k: v[:4] for k, v in batch.items()} | {"labels": torch.tensor([0, 1, 1, 0])}
-    losses = []
-    for count in (1, 2, 4, 9):
-        dealt = parts(whole, count)
-        assert [len(part["labels"]) for part in dealt] == [4 // min(count, 4)] * min(count, 4)
-        found = [module(part, part.pop("labels"), 1.0, Gates()) for part in dealt]
-        losses.append(torch.stack(found).mean())
-    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
