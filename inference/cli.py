@@ -5,69 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from bayes_lora.errors import InputError, NumericalError
 
-
-def _finetune(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.finetune import run  # heavy imports only when needed
-
-    run(arguments)
-
-
-def _diagnose(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.diagnose import run
-
-    run(arguments)
-
-
-def _decide(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.decide import run
-
-    run(arguments)
-
-
-def _export(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.export import run
-
-    run(arguments)
-
-
-def _predict(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.predict_file import run
-
-    run(arguments)
-
-
-def _costs(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.costs import run
-
-    run(arguments)
-
-
-def _frontier(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.frontier import run
-
-    run(arguments)
-
-
-def _compare(arguments: Sequence[str]) -> None:
-    from bayes_lora.inference.compare import run
-
-    run(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "finetune": _finetune,
-    "diagnose": _diagnose,
-    "decide": _decide,
-    "export": _export,
-    "predict": _predict,
-    "costs": _costs,
-    "frontier": _frontier,
-    "compare": _compare,
+COMMANDS = {
+    "finetune": "finetune",
+    "diagnose": "diagnose",
+    "decide": "decide",
+    "export": "export",
+    "predict": "predict_file",
+    "costs": "costs",
+    "frontier": "frontier",
+    "compare": "compare",
 }
+"""Modules beside this one; each has a function `run`, and heavy imports, so only one is loaded."""
 
 USAGE = """usage: bayes-lora COMMAND [--help] ...
 
@@ -124,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return report_errors(COMMANDS[arguments[0]], arguments[1:])
+    module = f"bayes_lora.inference.{COMMANDS[arguments[0]]}"
+    return report_errors(lambda words: import_module(module).run(words), arguments[1:])
 
 
 if __name__ == "__main__":
