@@ -125,20 +125,16 @@ class _Layer:
     def __init__(self, network: AdaptedNetwork, decided: Gates, worth: Gates, index: int) -> None:
         self.index = index
         self.tensors = network.quantized_tensors if decided.bit_gate is not None else ()
-        self.chains: list[
-            tuple[Tensor, FloatArray]
-        ] = []  # gates in order of being kept, their worth
-        for gate, gain in zip(decided, worth, strict=True):
+        # gates in the order in which they are kept, and their worth
+        self.chains: list[tuple[Tensor, FloatArray]] = []
+        for gate, gain, structure in zip(decided, worth, (network.structure, nested), strict=True):
             if gate is None or gain is None:
                 continue
-            on = (
-                network.structure(gate[index]) if gate is decided.rank_gate else nested(gate[index])
-            )
-            for mine, value in zip(
-                on.view(-1, on.shape[-1]), gain[index].view(-1, on.shape[-1]), strict=True
-            ):
+            size = gate.shape[-1]
+            open_gates, gains = structure(gate[index]).view(-1, size), gain[index].view(-1, size)
+            for mine, value in zip(open_gates, gains, strict=True):
                 order = mine.nonzero().flatten()
-                if gate is decided.rank_gate and network.structure is not nested:
+                if structure is not nested:
                     order = order[value[order].argsort(descending=True)]
                 self.chains.append((order, value[order].numpy()))
         self.full_rank = network.rank if decided.rank_gate is None else None

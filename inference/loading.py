@@ -36,7 +36,7 @@ from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.draws import draw_posterior, draw_weights, unbound
 from bayes_lora.inference.export import export
-from bayes_lora.inference.manifest import NAME, read_manifest
+from bayes_lora.inference.manifest import NAME, Manifest, read_manifest
 from bayes_lora.inference.packed import read_packed
 from bayes_lora.inference.predict import described, predictions
 from bayes_lora.inference.tasks import Task
@@ -232,7 +232,7 @@ def _run(folder: Path, device: torch.device) -> FineTuned:
 def _export(folder: Path, device: torch.device) -> FineTuned:
     manifest = read_manifest(folder)
     try:
-        network = _network(folder).eval().to(device)
+        network = _network(folder, manifest).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
             RuntimeError) as error:  # fmt: skip
@@ -244,8 +244,7 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
     )  # fmt: skip
 
 
-def _network(folder: Path) -> nn.Module:
-    manifest = read_manifest(folder)
+def _network(folder: Path, manifest: Manifest) -> nn.Module:
     if manifest.form == "merged":
         return cast(nn.Module, AutoModelForSequenceClassification.from_pretrained(folder))
     if manifest.form == "packed":

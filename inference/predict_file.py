@@ -2,9 +2,9 @@
 
 One output row for every input row, in the same order, written as it goes: `line` (of the input,
 from 1), `label`, `probability`, and entropies in nats, what the data and what the posterior leave
-open (`loading.py`); in regression `label` and variances. A row that cannot be read has an `error`
-instead. Only some rows are in memory at a time. Until all are finished they are in FILE.partial,
-where the same command goes on after it was stopped.
+open (`predict.described`); in regression `label` and variances. A row that cannot be read has an
+`error` instead. Only some rows are in memory at a time. Until all are finished they are in
+FILE.partial, where the same command goes on after it was stopped.
 """
 
 from __future__ import annotations
