@@ -17,7 +17,10 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pyro
 import torch
@@ -88,6 +91,14 @@ def rank_posterior(
     return rank_probabilities(guide.open_probabilities().rank_gate)
 
 
+def one_seed(seed: int, restarts: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The planted ranks (L,), and their posterior in every restart, (restarts, L, R + 1)."""
+    network, examples, ranks = task(seed)
+    with pyro.settings.context(module_local_params=True):
+        runs = [rank_posterior(network, examples, seed + 1000 * k, steps) for k in range(restarts)]
+    return ranks, torch.stack(runs)
+
+
 def columns(posterior: Tensor, truth: int) -> tuple[list[str], bool, bool]:
     """Mode, probability within one, central 90 % interval; and is the truth near, is it inside."""
     at_most = posterior.cumsum(-1)
@@ -107,19 +118,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one seed in each")
     options = parser.parse_args()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     print("# python benchmarks/planted_rank.py", *sys.argv[1:])
     names = ["mode", "p_within_one", "low", "high"]
     writer.writerow(["seed", "layer", "planted", *names, *(f"mixture_{name}" for name in names)])
     judged = []
-    with pyro.settings.context(module_local_params=True):
-        for seed in tqdm(range(options.seeds), disable=None, unit="seed"):
-            network, examples, ranks = task(seed)
-            runs = torch.stack(
-                [rank_posterior(network, examples, seed + 1000 * restart, options.steps)
-                 for restart in range(options.restarts)]
-            )  # fmt: skip
+    work = [(seed, options.restarts, options.steps) for seed in range(options.seeds)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool:
+        found = pool.map(one_seed, *zip(*work, strict=True))
+        found = tqdm(found, total=len(work), disable=None, unit="seed")
+        for seed, (ranks, runs) in enumerate(found):
             for layer, truth in enumerate(ranks.tolist()):
                 one, near, covered = columns(runs[0, layer], truth)
                 mixed, mixed_near, mixed_covered = columns(runs[:, layer].mean(0), truth)
