@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference import cells, compare, frontier, posterior
@@ -157,6 +157,38 @@ def command(small_run, tmp_path, capsys, few_draws):
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def decided_run(command, tmp_path, inputs, backbone):
+    """Folder of a run whose gates differ from layer to layer, on the named architecture."""
+
+    def make(kind="bert", **changes):
+        if kind != "bert":
+            folder = tmp_path / kind
+            tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+            backbone(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            changes |= {"backbone": folder, "max_length": 30}
+        code, _, err = command(**{"price": 3, "epochs": 3, "learning_rate": 0.01} | changes)
+        assert code == 0, err
+        decide_at_random(tmp_path / "run")
+        return tmp_path / "run"
+
+    return make
+
+
+def decide_at_random(folder):
+    """Ranks 0 to 3, bits 2 to 16, all of which occur."""
+    path = folder / "decision.json"
+    content = json.loads(path.read_text())
+    draw = np.random.default_rng(3)
+    for index, layer in enumerate(content["layers"].values()):
+        if "components" in layer:
+            layer["components"] = list(range(1, 1 + index % 4))
+        if "bits" in layer:
+            layer["bits"] = {tensor: int(2 ** draw.integers(1, 5)) for tensor in layer["bits"]}
+    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
