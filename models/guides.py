@@ -20,7 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from bayes_lora.distributions import HardConcrete
-from bayes_lora.flat_weights import component_of_weight
+from bayes_lora.flat_weights import component_of_weight, initial_scales
 from bayes_lora.gated_normal import GatedNormal
 from bayes_lora.gates import GateStructure, nested, rank_probabilities
 from bayes_lora.models.model import TEMPERATURE, BayesianLoRA, Gates, scaled
@@ -29,10 +29,6 @@ from bayes_lora.point_mass import PointMass
 
 INITIAL_LOGIT = 4.0
 """Logit that every gate starts from: open with probability 0.98, and not beyond reach."""
-
-INITIAL_SCALE = 0.03
-"""Standard deviation that a normal posterior of the adapter weights starts from: that of the
-initial A. From 0.1, a network on MRPC never left chance."""
 
 
 class GateGuide(PyroModule):
@@ -72,7 +68,8 @@ class GateGuide(PyroModule):
         self.log_scale = None
         self.rank_logits = self.bit_logits = None
         if normal_weights:
-            self.log_scale = nn.Parameter(torch.full_like(self.loc, INITIAL_SCALE).log())
+            scales = initial_scales(network.specs, network.rank).to(self.loc)
+            self.log_scale = nn.Parameter(scales.log())
         if model.rank_gates:
             self.rank_logits = nn.Parameter(torch.full_like(model.rank_prior_logits, INITIAL_LOGIT))
         if model.bit_gates:

@@ -38,7 +38,7 @@ from torch import Tensor
 from bayes_lora.costs import relative_bops
 from bayes_lora.network import AdaptedNetwork, LayerSpec
 
-NORMAL_WEIGHTS = {"adapter_weight_scale": 0.03, "adapter_weight_temperature": 1e-3}
+NORMAL_WEIGHTS = {"adapter_weight_scale": 0.05, "adapter_weight_temperature": 1e-3}
 """What `--weight_posterior normal` puts in place of these two numbers of `Priors`. At temperature 1
 the divergence of 10^5 weights outweighs the likelihood of 10^3 examples: they stay at the prior."""
 

@@ -1,0 +1,262 @@
+"""Time and memory of a training step, beside those of LoRA and AdaLoRA in PEFT.
+
+    python benchmarks/step_time.py --run runs/demo > benchmarks/step_time.csv
+
+Every variant makes one step after the other, in one process, again and again: the table has the
+medians. All train the same targets of MiniLM at the same rank on the same random tokens, with
+dropout, and every step has its forward and backward pass, clipping, and the optimizer. The phases:
+
+    open        no gate takes part
+    decided     gates are held at 0 and 1, ranks and bits drawn at random
+    undecided   every gate is at 1/2: all levels count, all get gradients
+    joint       gates are drawn as in the joint phase of a real run, given by --run: the mean over
+                some of its steps
+
+`residual` is the quantizer as a recursion of residuals, x2 + z4 (e4 + z8 (e8 + z16 e16)), in plain
+torch. Peak memory is that of a process of its own.
+
+Source: van Baalen et al., "Bayesian Bits", arXiv 2005.07093 (the recursion).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import fmean, median
+
+import pyro
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import tqdm
+
+from bayes_lora import layers
+from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.baselines import Setting, build
+from bayes_lora.inference.bundle import read_bundle
+from bayes_lora.inference.elbo import TermwiseELBO
+from bayes_lora.inference.optimisation import parameter_groups
+from bayes_lora.models.guides import GateGuide
+from bayes_lora.models.likelihoods import Classification
+from bayes_lora.models.model import BayesianLoRA, Gates
+from bayes_lora.models.priors import Priors
+from bayes_lora.network import AdaptedNetwork
+from bayes_lora.quantization import Mixture
+
+BATCH, RANK, ALPHA = 32, 8, 16.0
+JOINT_STEPS = 8  # of a real run, evenly spaced
+COLUMNS = "variant", "phase", "tokens", "dtype", "median_s", "ratio_to_peft_lora", "peak_mb"
+Step = Callable[[], None]
+
+VARIANTS = {
+    "peft_lora": ["open"],
+    "peft_adalora": ["open"],
+    "lora": ["open"],
+    "r": ["joint"],
+    "qr_weights": ["decided", "undecided"],
+    "qr": ["decided", "undecided", "joint"],
+    "residual": ["decided", "undecided", "joint"],
+}
+"""Every variant and its phases. `qr_weights` quantizes weight, A, e and B alone."""
+
+
+def inputs(tokens: int) -> dict[str, Tensor]:
+    """One batch of random tokens, and labels."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20_000, (BATCH, tokens), generator=draw)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.randint(2, (BATCH,), generator=draw),
+    }
+
+
+def peft_step(method: str, tokens: int, dtype: torch.dtype) -> Step:
+    """A step of a baseline."""
+    batch, backbone = inputs(tokens), load_backbone(None, 2)
+    labels = batch.pop("labels")
+    steps = 10_000  # of a training that is in its middle
+    baseline = build(method, Setting(backbone, RANK, ALPHA, "all-linear", steps, lambda: ()))
+    network = baseline.network.train()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    count = itertools.count(steps // 4)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = network(**batch).logits.float()
+        loss = cross_entropy(logits, labels) + baseline.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        baseline.after_step(next(count))
+
+    return step
+
+
+def our_step(
+    variant: str, phase: str, tokens: int, dtype: torch.dtype, at: Gates | None = None
+) -> Step:
+    """A step of ours; in the joint phase at these probabilities of open gates."""
+    batch, backbone = inputs(tokens), load_backbone(None, 2)
+    labels = batch.pop("labels")
+    tensors = layers.TENSORS[:4] if variant == "qr_weights" else layers.TENSORS
+    network = AdaptedNetwork(backbone.model, rank=RANK, alpha=ALPHA, quantized_tensors=tensors)
+    kinds = {"lora": "", "r": "r"}.get(variant, "qr")
+    model = BayesianLoRA(
+        network, Classification(), Priors(), 2000, rank_gates="r" in kinds, bit_gates="q" in kinds
+    )
+    guide = GateGuide(model, network.initial_adapter_weights())
+    network.eval()
+    network.calibrate([batch], guide.loc)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        guide.loc.add_(0.01 * torch.randn(guide.loc.shape, generator=draw))
+        for logits, probability in zip(
+            (guide.rank_logits, guide.bit_logits), at or Gates(), strict=True
+        ):
+            if logits is not None and probability is not None:
+                logits.copy_(probability.logit(1e-6))
+    fixed: Gates | None = None
+    if phase == "open":
+        fixed = Gates()
+    elif phase != "joint":
+        shapes = Gates(torch.zeros(network.rank_gate_shape), torch.zeros(network.bit_gate_shape))
+        fixed = shapes.map(
+            lambda zero: (
+                torch.bernoulli(zero + 0.5, generator=draw)
+                if phase == "decided"
+                else (zero + 0.5).requires_grad_()
+            )
+        )
+    model.train()
+    module = TermwiseELBO()(model, guide)
+    groups = parameter_groups(module, guide, 1e-4, 1e-9)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = module(batch, labels, 1.0, fixed) / model.num_examples
+        optimizer.zero_grad()
+        loss.backward()
+        for group in groups:
+            clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+
+    if variant == "residual":
+        return with_residuals(step)
+    return step
+
+
+def with_residuals(step: Step) -> Step:
+    """The same step with the recursion in place of the mixture."""
+
+    def changed() -> None:
+        ours, layers.quantize_mixture = layers.quantize_mixture, residual
+        try:
+            step()
+        finally:
+            layers.quantize_mixture = ours
+
+    return changed
+
+
+def residual(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
+    """Quantize as the recursion says; its gates are the sums of the weights of finer levels."""
+    limit = limits[-1]
+    total = torch.zeros_like(x)
+    for level in range(len(mixture.weights)):
+        size = 2 * limit / (2 ** (2 ** (level + 1)) - 1)
+        rest = (x - total).detach()
+        found = size * torch.round(rest / size)
+        inside = found if level else found + (x - x.detach()) * (x.abs() <= limit)
+        total = total + mixture.weights[level:].sum() * inside
+    return total
+
+
+def joint_gates(run: Path) -> Iterator[Gates]:
+    """Open probabilities of all gates at steps of the joint phase of a run, evenly spaced."""
+    stats = read_bundle(run / "posterior.nc").sample_stats
+    joint = (stats["phase"][0] == "joint").to_numpy()
+    traces = [
+        stats[f"{kind}_open_probability"][0].isel(step=joint).dropna("step", how="all").to_numpy()
+        for kind in ("rank", "bit")
+    ]
+    for index in torch.linspace(0, len(traces[0]) - 1, JOINT_STEPS).round().int().tolist():
+        yield Gates(*(torch.tensor(trace[index]).float() for trace in traces))
+
+
+def steps_of(variant: str, phase: str, tokens: int, dtype: torch.dtype, run: Path) -> list[Step]:
+    """The steps that a cell of the table is the mean of."""
+    if variant.startswith("peft_"):
+        return [peft_step(variant.removeprefix("peft_"), tokens, dtype)]
+    if phase != "joint":
+        return [our_step(variant, phase, tokens, dtype)]
+    return [our_step(variant, phase, tokens, dtype, at) for at in joint_gates(run)]
+
+
+def peak_memory(variant: str, phase: str, tokens: int, dtype: torch.dtype, run: Path) -> float:
+    """Megabytes that a process takes which makes three steps of one kind."""
+    step = steps_of(variant, phase, tokens, dtype, run)[0]
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure(tokens: int, dtype: torch.dtype, run: Path, repeats: int) -> list[list[str]]:
+    """Rows of the table for one length and one type."""
+    cells = [(variant, phase) for variant, phases in VARIANTS.items() for phase in phases]
+    spawn = multiprocessing.get_context("spawn")
+    memory = []
+    for cell in tqdm(cells, desc="memory", disable=None):
+        with ProcessPoolExecutor(1, spawn) as pool:
+            memory.append(pool.submit(peak_memory, *cell, tokens, dtype, run).result())
+    steps = [steps_of(*cell, tokens, dtype, run) for cell in cells]
+    seconds: list[list[list[float]]] = [[[] for _ in several] for several in steps]
+    for repeat in tqdm(range(repeats + 1), desc="time", disable=None):
+        for several, found in zip(steps, seconds, strict=True):
+            for step, times in zip(several, found, strict=True):
+                start = time.perf_counter()
+                step()
+                if repeat:  # the first is a warm-up
+                    times.append(time.perf_counter() - start)
+    medians = [fmean(median(times) for times in several) for several in seconds]
+    name = str(dtype).removeprefix("torch.")
+    return [
+        [*cell, str(tokens), name, f"{m:.4f}", f"{m / medians[0]:.3f}", f"{peak:.0f}"]
+        for cell, m, peak in zip(cells, medians, memory, strict=True)
+    ]
+
+
+def main() -> None:
+    """Print the table as CSV."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--run", type=Path, required=True, help="a finished run with --method qr")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    pyro.settings.set(module_local_params=True)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    print("# python benchmarks/step_time.py", *sys.argv[1:])
+    writer.writerow(
+        ["variant", "phase", "tokens", "dtype", "median_s", "ratio_to_peft_lora", "peak_mb"]
+    )
+    for dtype, tokens in itertools.product(options.dtypes, options.tokens):
+        writer.writerows(measure(tokens, getattr(torch, dtype), options.run, options.repeats))
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
