@@ -50,7 +50,7 @@ def initial_scales(specs: Sequence[LayerSpec], rank: int) -> Tensor:
     """Standard deviations that a normal posterior of the weights starts from.
 
     A and e start uncertain; B, which starts at zero, nearly certain. So the network does at first
-    what the pretrained one does, whatever A is, and what it learns in B lets the noise of A through.
+    what the pretrained one does, whatever A is; what it learns in B lets the noise of A through.
 
     Returns
     -------
