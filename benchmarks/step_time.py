@@ -1,6 +1,6 @@
 """Time and memory of a training step, beside those of LoRA and AdaLoRA in PEFT.
 
-    python benchmarks/step_time.py --run runs/demo > benchmarks/step_time.csv
+    python benchmarks/step_time.py > benchmarks/step_time.csv
 
 Every variant makes one step after the other, in one process, again and again: the table has the
 medians. All train the same targets of MiniLM at the same rank on the same random tokens, with
@@ -9,8 +9,8 @@ dropout, and every step has its forward and backward pass, clipping, and the opt
     open        no gate takes part
     decided     gates are held at 0 and 1, ranks and bits drawn at random
     undecided   every gate is at 1/2: all levels count, all get gradients
-    joint       gates are drawn as in the joint phase of a real run, given by --run: the mean over
-                some of its steps
+    joint       gates are drawn as in the joint phase of the demo, which is trained before: the mean
+                over some of its steps
 
 `residual` is the quantizer as a recursion of residuals, x2 + z4 (e4 + z8 (e8 + z16 e16)), in plain
 torch. Peak memory is that of a process of its own.
@@ -27,24 +27,33 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import fmean, median
 
 import pyro
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from bayes_lora import layers
+from bayes_lora.inference.assemble import assemble
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.baselines import Setting, build
-from bayes_lora.inference.bundle import read_bundle
+from bayes_lora.inference.config import parse
 from bayes_lora.inference.elbo import TermwiseELBO
-from bayes_lora.inference.optimisation import parameter_groups
+from bayes_lora.inference.finetune import quiet
+from bayes_lora.inference.optimisation import (
+    Optimisation,
+    gate_learning_rate,
+    parameter_groups,
+)
+from bayes_lora.inference.phases import plan
+from bayes_lora.inference.prepared import prepare
+from bayes_lora.inference.train import Record, fit
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -184,44 +193,57 @@ def residual(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
     return total
 
 
-def joint_gates(run: Path) -> Iterator[Gates]:
-    """Open probabilities of all gates at steps of the joint phase of a run, evenly spaced."""
-    stats = read_bundle(run / "posterior.nc").sample_stats
-    joint = (stats["phase"][0] == "joint").to_numpy()
-    traces = [
-        stats[f"{kind}_open_probability"][0].isel(step=joint).dropna("step", how="all").to_numpy()
-        for kind in ("rank", "bit")
-    ]
-    for index in torch.linspace(0, len(traces[0]) - 1, JOINT_STEPS).round().int().tolist():
-        yield Gates(*(torch.tensor(trace[index]).float() for trace in traces))
+def joint_gates() -> list[Gates]:
+    """Open probabilities of all gates at steps of the joint phase of the demo, evenly spaced."""
+    words = "--task agreement --epochs 4 --warmup_share 0.5 --joint_share 0.15 --output_dir none"
+    config = parse(words.split())
+    pyro.set_rng_seed(0)
+    data = prepare(config)
+    model, guide = assemble(config, data.backbone, data.likelihood, Priors(), len(data.train))
+    phases = [p for p in plan(data.steps(4), (0.5, 0.2, 0.15), gated=True) if p.name != "settle"]
+    optimisation = Optimisation(gate_learning_rate=gate_learning_rate(phases))
+    found: list[Gates] = []
+
+    def keep(record: Record) -> None:
+        if record["phase"] == "joint":
+            found.append(guide.open_probabilities())
+
+    fit(model, guide, data.batches, phases, optimisation, Accelerator(cpu=True), keep)
+    places = torch.linspace(0, len(found) - 1, JOINT_STEPS).round().int()
+    return [found[place] for place in places.tolist()]
 
 
-def steps_of(variant: str, phase: str, tokens: int, dtype: torch.dtype, run: Path) -> list[Step]:
+def steps_of(
+    variant: str, phase: str, tokens: int, dtype: torch.dtype, joint: list[Gates]
+) -> list[Step]:
     """The steps that a cell of the table is the mean of."""
     if variant.startswith("peft_"):
         return [peft_step(variant.removeprefix("peft_"), tokens, dtype)]
     if phase != "joint":
         return [our_step(variant, phase, tokens, dtype)]
-    return [our_step(variant, phase, tokens, dtype, at) for at in joint_gates(run)]
+    return [our_step(variant, phase, tokens, dtype, at) for at in joint]
 
 
-def peak_memory(variant: str, phase: str, tokens: int, dtype: torch.dtype, run: Path) -> float:
+def peak_memory(
+    variant: str, phase: str, tokens: int, dtype: torch.dtype, joint: list[Gates]
+) -> float:
     """Megabytes that a process takes which makes three steps of one kind."""
-    step = steps_of(variant, phase, tokens, dtype, run)[0]
+    quiet()
+    step = steps_of(variant, phase, tokens, dtype, joint)[0]
     for _ in range(3):
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure(tokens: int, dtype: torch.dtype, run: Path, repeats: int) -> list[list[str]]:
+def measure(tokens: int, dtype: torch.dtype, joint: list[Gates], repeats: int) -> list[list[str]]:
     """Rows of the table for one length and one type."""
     cells = [(variant, phase) for variant, phases in VARIANTS.items() for phase in phases]
     spawn = multiprocessing.get_context("spawn")
     memory = []
     for cell in tqdm(cells, desc="memory", disable=None):
         with ProcessPoolExecutor(1, spawn) as pool:
-            memory.append(pool.submit(peak_memory, *cell, tokens, dtype, run).result())
-    steps = [steps_of(*cell, tokens, dtype, run) for cell in cells]
+            memory.append(pool.submit(peak_memory, *cell, tokens, dtype, joint).result())
+    steps = [steps_of(*cell, tokens, dtype, joint) for cell in cells]
     seconds: list[list[list[float]]] = [[[] for _ in several] for several in steps]
     for repeat in tqdm(range(repeats + 1), desc="time", disable=None):
         for several, found in zip(steps, seconds, strict=True):
@@ -241,20 +263,21 @@ def measure(tokens: int, dtype: torch.dtype, run: Path, repeats: int) -> list[li
 def main() -> None:
     """Print the table as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--run", type=Path, required=True, help="a finished run with --method qr")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(2)
     pyro.settings.set(module_local_params=True)
+    quiet()
+    joint = joint_gates()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     print("# python benchmarks/step_time.py", *sys.argv[1:])
     writer.writerow(
         ["variant", "phase", "tokens", "dtype", "median_s", "ratio_to_peft_lora", "peak_mb"]
     )
     for dtype, tokens in itertools.product(options.dtypes, options.tokens):
-        writer.writerows(measure(tokens, getattr(torch, dtype), options.run, options.repeats))
+        writer.writerows(measure(tokens, getattr(torch, dtype), joint, options.repeats))
         sys.stdout.flush()
 
 
