@@ -9,3 +9,19 @@ class InputError(ValueError):
 
 class NumericalError(ArithmeticError):
     """Training left the finite numbers; the message names step and term (exit code 1)."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the work where it can go on; the message says how (exit code 128 + signal).
+
+    Parameters
+    ----------
+    message : str
+        What was stopped, and how to go on.
+    signal : int
+        Number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, signal)
+        self.message, self.signal = message, signal

@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import rank_probabilities
 from bayes_lora.inference.batches import forever, training_batches
-from bayes_lora.inference.config import data_seed
 from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.natural_gradient import GateSet, ascend
+from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.trained import read_run
 from bayes_lora.models.guides import GateGuide

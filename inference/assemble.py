@@ -11,7 +11,8 @@ from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError
 from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.backbone import Backbone, absolute
-from bayes_lora.inference.config import FinetuneConfig, data_seed
+from bayes_lora.inference.config import FinetuneConfig
+from bayes_lora.inference.options import data_seed
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
 from bayes_lora.models.priors import NORMAL_WEIGHTS, Priors

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, Literal
 
 import torch
+from accelerate import skip_first_batches
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
@@ -70,6 +72,51 @@ def calibration_batches(loader: DataLoader) -> DataLoader:
         loader.dataset, loader.batch_size, shuffle=True, collate_fn=loader.collate_fn,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
+
+
+class EndlessBatches(Iterator[dict[str, Tensor]]):
+    """Batches of pass after pass, from a place that can be kept and gone back to.
+
+    Parameters
+    ----------
+    loader : DataLoader
+        Shuffled anew in every pass, if it shuffles.
+    order : Generator, optional
+        What the loader's sampler draws the order with.
+    """
+
+    def __init__(self, loader: DataLoader, order: torch.Generator | None = None) -> None:
+        self._loader, self._order = loader, order
+        self._pass: Iterator[dict[str, Tensor]] = iter(())
+        self._begun = None if order is None else order.get_state()
+        self._taken = 0
+
+    def __next__(self) -> dict[str, Tensor]:
+        """The next batch; after the last one of a pass, the first one of the next."""
+        batch = next(self._pass, None)
+        while batch is None:
+            self._begun = None if self._order is None else self._order.get_state()
+            self._pass, self._taken = iter(self._loader), 0
+            batch = next(self._pass, None)
+        self._taken += 1
+        return batch
+
+    @property
+    def place(self) -> tuple[Tensor, int]:
+        """State of the order's generator when this pass began, and how many batches are taken."""
+        if self._begun is None:
+            raise ValueError("batches without a generator of their order have no place")
+        return self._begun, self._taken
+
+    def go_to(self, begun: Tensor, taken: int) -> None:
+        """Go to a place that was kept; the global random state is not what it was then."""
+        if self._order is None:
+            raise ValueError("batches without a generator of their order have no place")
+        self._order.set_state(begun)
+        rest = iter(skip_first_batches(self._loader, taken))
+        first = next(rest, None)  # now, as this draws random numbers
+        self._pass = iter(()) if first is None else chain([first], rest)
+        self._begun, self._taken = begun, taken
 
 
 def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from bayes_lora.errors import InputError, NumericalError
+from bayes_lora.errors import InputError, Interrupted, NumericalError
 
 COMMANDS = {
     "finetune": "finetune",
@@ -49,7 +50,8 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
     Returns
     -------
     int
-        Exit code: 0, 2 for wrong input, 1 for a numerical failure, 130 for Ctrl-C.
+        Exit code: 0, 2 for wrong input or a full disk, 1 for a numerical failure, 128 and the
+        signal's number if one stopped it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         command(arguments)
@@ -59,6 +61,14 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
     except NumericalError as error:
         print(f"bayes-lora: numerical failure: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"bayes-lora: error: {error.strerror}: free some, and go on", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"bayes-lora: {error.message}", file=sys.stderr)
+        return 128 + error.signal
     except KeyboardInterrupt:
         print("bayes-lora: interrupted", file=sys.stderr)
         return 130

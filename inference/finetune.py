@@ -7,7 +7,7 @@ step), metrics.json, decision.json and table.txt (rank and bits of every layer),
 posterior.nc (draws of the posterior, for ArviZ), task.json (what labels mean), guide.safetensors
 (posterior of weights and gates) and head.safetensors (trained head, likelihood, ranges of the
 quantizers). With restarts, every one has such a folder inside, and
-posterior.nc has them as chains.
+posterior.nc has them as chains. Until it is finished a run also holds checkpoints.
 """
 
 from __future__ import annotations
@@ -28,39 +28,46 @@ import pyro
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import Tensor
 
-from bayes_lora.costs import totals
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import forever, training_batches
-from bayes_lora.inference.budget import TOLERANCE, meet_budget
+from bayes_lora.inference.budget import meet_budget
 from bayes_lora.inference.bundle import combine, read_bundle, write_bundle
+from bayes_lora.inference.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    Keeper,
+    identity,
+    last_checkpoint,
+)
 from bayes_lora.inference.cli import report_errors
-from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
-from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, write_decision
+from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.draws import draw_prior, quantities
 from bayes_lora.inference.files import (
     check_free,
     open_folder,
-    write_figure,
     write_tensors,
     write_text,
 )
 from bayes_lora.inference.history import History
-from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
+from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate
+from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.peft_adapter import start_from_peft
-from bayes_lora.inference.phases import plan
-from bayes_lora.inference.plots import plot_rank_and_bits
-from bayes_lora.inference.posterior import PRIOR_DRAWS, sample_posterior
-from bayes_lora.inference.predict import averaged, predict
-from bayes_lora.inference.prepared import prepare
+from bayes_lora.inference.phases import Phase, plan
+from bayes_lora.inference.posterior import PRIOR_DRAWS
+from bayes_lora.inference.predict import predict
+from bayes_lora.inference.prepared import Prepared, prepare
 from bayes_lora.inference.refine import DRAWS, refine_guide
-from bayes_lora.inference.table import prior_table, rank_and_bits_table
+from bayes_lora.inference.results import finished, write_results
+from bayes_lora.inference.signals import held_back
+from bayes_lora.inference.state import Training, numbers, tensors, trained_state
+from bayes_lora.inference.table import prior_table
 from bayes_lora.inference.train import fit
 from bayes_lora.inference.trained import write_task
+from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import Priors
@@ -113,8 +120,9 @@ def finetune(config: FinetuneConfig, priors: Priors | None = None) -> dict[str, 
 
 def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     settings, folder = config.training, Path(config.training.output_dir)
-    check_free(folder, OUTPUTS, settings.overwrite)
-    open_folder(folder, OUTPUTS)
+    if not settings.resume:
+        check_free(folder, OUTPUTS, settings.overwrite)
+        open_folder(folder, OUTPUTS)
     folders = [folder / f"restart-{k}" for k in range(settings.restarts)]
     found = []
     for k, inner in enumerate(folders):
@@ -135,13 +143,16 @@ def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
 
 
 def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
-    started = time.monotonic()
+    begun = time.monotonic()
     settings, folder = config.training, Path(config.training.output_dir)
-    check_free(folder, OUTPUTS, settings.overwrite)
+    if not settings.resume:
+        check_free(folder, OUTPUTS, settings.overwrite)
+    elif metrics := finished(folder):
+        print(f"{folder} is finished already", file=sys.stderr)
+        return metrics
     pyro.set_rng_seed(settings.seed)
     data = prepare(config)
-    task, train, labels = data.task, data.train, data.labels
-    model, guide = assemble(config, data.backbone, data.likelihood, priors, len(train))
+    model, guide = assemble(config, data.backbone, data.likelihood, priors, len(data.train))
     if adapter := config.network.init_adapter:
         start_from_peft(Path(adapter), model, guide)
         settings = replace(settings, warmup_share=0.0)
@@ -158,102 +169,95 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         settings.gate_learning_rate or gate_learning_rate(phases),
         settings.max_grad_norm,
     )
+    keeper = Keeper(
+        folder / CHECKPOINTS, identity(config, priors, data.train),
+        settings.save_steps, settings.save_minutes, settings.save_total_limit,
+    )  # fmt: skip
+    checkpoint = last_checkpoint(keeper.folder, keeper.run) if settings.resume else None
+    resolved = resolve(config, data.task.name, optimisation.gate_learning_rate, model.priors)
+    if checkpoint is None:
+        open_folder(folder, OUTPUTS)
+        keeper.clear()  # of a run that is replaced
+        header = [
+            f"priors: {model.priors}",
+            f"classes: {', '.join(data.task.label_names) or 'none'}",
+        ]
+        write_text(folder / "config.yaml", resolved.to_yaml(header))
+        write_task(folder / "task.json", data.task, len(data.train))
+    else:
+        begun -= checkpoint.numbers["seconds"]
+    gates, history, unsettled = _train(
+        config, data, model, guide, phases, optimisation, keeper, checkpoint, begun
+    )
+    metrics = write_results(folder, config, data, model, guide, gates, history, unsettled, begun)
+    keeper.clear()
+    return metrics
+
+
+def _train(
+    config: FinetuneConfig,
+    data: Prepared,
+    model: BayesianLoRA,
+    guide: GateGuide,
+    phases: list[Phase],
+    optimisation: Optimisation,
+    keeper: Keeper,
+    checkpoint: Checkpoint | None,
+    begun: float,
+) -> tuple[Gates, History, dict[str, float]]:
+    """Go through the phases; what is decided, the history, and the score before settling."""
+    settings, folder = config.training, Path(config.training.output_dir)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    open_folder(folder, OUTPUTS)
-    resolved = resolve(config, task.name, optimisation.gate_learning_rate, model.priors)
-    header = [f"priors: {model.priors}", f"classes: {', '.join(task.label_names) or 'none'}"]
-    write_text(folder / "config.yaml", resolved.to_yaml(header))
-    write_task(folder / "task.json", task, len(train))
-    unsettled: dict[str, float] = {}
     iterations = ceil(config.posterior.refine_epochs * len(data.batches) / DRAWS)
+    steps = sum(phase.steps for phase in phases) + iterations * model.gated
+    unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
+    stopped = f"stopped; `--resume` goes on after the last checkpoint in {folder}"
+
+    def refined(terms: dict[str, float]) -> None:
+        history.refined(terms)
+        pending.act(stopped)
 
     def decide() -> Gates:
         if not model.gated:
             return guide.decision()
         if iterations:
             # batches of their own, so that all methods are trained on the same ones
-            batches = forever(
-                training_batches(
-                    train, data.collate, settings.batch_size, "random", settings.seed + 1
-                )
+            batches = training_batches(
+                data.train, data.collate, settings.batch_size, "random", settings.seed + 1
             )
             with accelerator.autocast():
-                refine_guide(model, guide, batches, iterations, DRAWS, on_iteration=history.refined)
+                refine_guide(model, guide, forever(batches), iterations, DRAWS, refined)
         meet_budget(model, guide)
         gates = guide.decision()
         prediction = predict(model, guide, data.validation_batches, gates)
-        unsettled["score_before_settling"] = evaluate_predictions(task, *prediction, labels)[
-            "score"
-        ]
+        found = evaluate_predictions(data.task, *prediction, data.labels)
+        unsettled["score_before_settling"] = found["score"]
         return gates
 
-    steps = sum(phase.steps for phase in phases) + iterations
-    with History(folder / "history.csv", model, guide, steps) as history:
+    def keep(training: Training, phase_ended: bool) -> None:
+        if phase_ended or pending.signal or keeper.due(training.step):
+            mine = {"unsettled": unsettled, "seconds": time.monotonic() - begun}
+            kept = history.kept()
+            keeper.keep(
+                Checkpoint(
+                    tensors(training) | kept.tensors, numbers(training) | kept.numbers | mine
+                )
+            )
+        pending.act(stopped)
+
+    with (
+        held_back() as pending,
+        History(folder / "history.csv", model, guide, steps, checkpoint) as history,
+    ):
         try:
             gates = fit(
-                model, guide, data.batches, phases, optimisation, accelerator, history.add, decide
-            )
+                model, guide, data.batches, phases, optimisation, accelerator, history.add, decide,
+                checkpoint, keep,
+            )  # fmt: skip
         finally:  # also after a numerical failure: the last good parameters
             write_tensors(folder / "guide.safetensors", dict(guide.state_dict()))
             write_tensors(folder / "head.safetensors", trained_state(model))
-
-    write_decision(folder / "decision.json", model.network, gates, MORE_PROBABLE_SIDE)
-    end = history.last(len(data.batches))
-    decided = totals(model.network, *gates)
-    share = decided["relative_bops_32"]
-    if budget is not None and abs(share / budget - 1) > TOLERANCE:
-        warnings.warn(
-            f"the decision takes {share:.2%} of all bit operations, not the {budget:.2%} wanted: "
-            f"the data ask for {'no more' if share < budget else 'more'} at any price in reach",
-            stacklevel=2,
-        )
-    reached = -end["log_likelihood"] / len(train)
-    if reached > constant_nll(data.targets.numpy(), task.is_regression) - 0.01:
-        warnings.warn(
-            f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, no "
-            "better than by the labels' frequencies. Gates close over adapters that have learned "
-            "nothing: give more --epochs or --warmup_share, or another --learning_rate",
-            stacklevel=2,
-        )
-    metrics = {
-        **evaluate_predictions(
-            task, *predict(model, guide, data.validation_batches, gates), labels
-        ),
-        **unsettled,
-        **end,
-        **decided,
-        "trainable_parameters": sum(
-            p.numel() for part in (model, guide) for p in part.parameters() if p.requires_grad
-        ),
-        "seconds": time.monotonic() - started,
-    }
-    if model.gated:
-        table = rank_and_bits_table(model.network, guide.open_probabilities(), gates)
-        write_text(folder / "table.txt", table)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-
-    posterior, prediction = sample_posterior(
-        model, guide, task, train, data.validation, data.collate, history,
-        config.posterior.draws, settings.seed, config.posterior.save_weight_draws,
-    )  # fmt: skip
-    write_bundle(folder / "posterior.nc", posterior)
-    if model.gated:
-        write_figure(folder / "rank_and_bits.png", plot_rank_and_bits(posterior))
-    over_draws = evaluate_predictions(task, *averaged(prediction), labels)
-    metrics |= {f"averaged_{name}": value for name, value in over_draws.items()}
-    metrics["seconds"] = time.monotonic() - started
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    return metrics
-
-
-def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:
-    """What a run has outside the guide: head, likelihood, ranges of quantizers, prior logits."""
-    state = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return state | {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith(("_limits", "_prior_logits")) or name.startswith("likelihood.")
-    }
+    return gates, history, unsettled
 
 
 def prior_predictive(config: FinetuneConfig) -> str:

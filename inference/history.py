@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from bayes_lora.errors import InputError
+from bayes_lora.inference.checkpoint import Checkpoint
 from bayes_lora.inference.elbo import KL_TERMS, prior_cost
+from bayes_lora.inference.files import whole
 from bayes_lora.inference.train import Record, record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -38,16 +44,36 @@ class History:
         What is trained.
     steps : int
         How many lines there will be, about.
+    after : Checkpoint, optional
+        Go on after it: the lines that the file had then are kept.
+
+    Raises
+    ------
+    InputError
+        If the file does not hold the lines to go on after.
     """
 
-    def __init__(self, path: Path, model: BayesianLoRA, guide: GateGuide, steps: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: BayesianLoRA,
+        guide: GateGuide,
+        steps: int,
+        after: Checkpoint | None = None,
+    ) -> None:
         self.model, self.guide = model, guide
         self.records: list[Record] = []
         self.gates: dict[int, Gates] = {}
+        if after is not None:
+            self.records = _read(path, after.numbers["lines"])
+            self.gates = _recorded(after)
         self._every = max(1, steps // RECORDED)
-        self._file = path.open("w", newline="", encoding="utf-8")
+        with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(self.records)
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
-        self._writer.writeheader()
 
     def __enter__(self) -> Self:
         """Open; the file is closed at the end of the block."""
@@ -76,6 +102,16 @@ class History:
         loss = cost - terms["log_likelihood"]
         step, size = int(self.records[-1]["step"]) if self.records else 0, self.model.num_examples
         self.add(record_step(step, "refine", 1.0, loss / size, terms, self.model, self.guide))
+
+    def kept(self) -> Checkpoint:
+        """What a checkpoint keeps of it; the file is flushed to the disk."""
+        os.fsync(self._file.fileno())
+        tensors = {"history.line": torch.tensor(list(self.gates), dtype=torch.long)}
+        for name in Gates._fields:
+            recorded = [getattr(gates, name) for gates in self.gates.values()]
+            if recorded and recorded[0] is not None:
+                tensors[f"history.{name}"] = torch.stack(recorded)
+        return Checkpoint(tensors, {"lines": len(self.records)})
 
     def traces(self) -> dict[str, NDArray[np.floating]]:
         """Every number of the history by name, one an entry a line; terms of the ELBO in nats.
@@ -116,6 +152,27 @@ class History:
             **{k: float(latest[k]) * size for k in (*KL_TERMS, "energy") if k in latest},
             **{k: float(gates[k]) for k in kept},
         }
+
+
+def _read(path: Path, lines: int) -> list[Record]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(islice(csv.DictReader(file), lines))
+        convert = {"step": int, "phase": str}
+        records = [{k: convert.get(k, float)(v) for k, v in row.items() if v} for row in rows]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {path} ({error}): train anew, with --overwrite") from error
+    if len(records) < lines:
+        raise InputError(f"{path} has lost lines: train anew, with --overwrite")
+    return records
+
+
+def _recorded(after: Checkpoint) -> dict[int, Gates]:
+    gates = {n: after.tensors.get(f"history.{n}") for n in Gates._fields}
+    return {
+        line: Gates(**{n: None if kept is None else kept[i] for n, kept in gates.items()})
+        for i, line in enumerate(after.tensors["history.line"].tolist())
+    }
 
 
 def _terms(record: Record) -> dict[str, float]:

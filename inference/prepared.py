@@ -17,8 +17,9 @@ from transformers import DataCollatorWithPadding
 
 from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.batches import evaluation_batches, training_batches
-from bayes_lora.inference.config import FinetuneConfig, data_seed
+from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.tasks import Task
 from bayes_lora.models.likelihoods import Classification, Regression
 

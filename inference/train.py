@@ -7,8 +7,8 @@ same for every data set.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import count, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bayes_lora.costs import relative_bops
-from bayes_lora.errors import NumericalError
-from bayes_lora.inference.batches import calibration_batches, forever
+from bayes_lora.errors import InputError, NumericalError
+from bayes_lora.inference.batches import EndlessBatches, calibration_batches
+from bayes_lora.inference.checkpoint import Checkpoint
 from bayes_lora.inference.elbo import TermwiseELBO
 from bayes_lora.inference.optimisation import Optimisation, make_optimizer
 from bayes_lora.inference.phases import Phase
+from bayes_lora.inference.state import Training, restore
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import GibbsGates
@@ -44,6 +46,8 @@ def fit(
     accelerator: Accelerator,
     on_step: Callable[[Record], None] = lambda record: None,
     decide: Callable[[], Gates] | None = None,
+    after: Checkpoint | None = None,
+    keep: Callable[[Training, bool], None] = lambda training, phase_ended: None,
 ) -> Gates:
     """Train model and guide through the phases.
 
@@ -66,6 +70,11 @@ def fit(
     decide : function, optional
         Called once, when the gates have been sampled, for the gates to settle at; default: the
         guide's decision.
+    after : Checkpoint, optional
+        Go on after it.
+    keep : function
+        Called after every step, with the training and whether a phase has ended: the place to
+        write a checkpoint, or to stop.
 
     Returns
     -------
@@ -77,18 +86,24 @@ def fit(
     NumericalError
         If the loss or its gradient is not finite; the parameters are the last ones whose loss
         was finite.
+    InputError
+        If the checkpoint is of another model.
     """
     decide = decide or guide.decision
     elbo = TermwiseELBO()
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
     optimizer, scheduler = make_optimizer(module, guide, optimisation, total_steps)
-    some = calibration_batches(loader)
+    loader_of_all, order = loader, getattr(loader.sampler, "generator", None)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    batches = forever(loader)
-    fixed: Gates | None = Gates()
+    batches = EndlessBatches(loader, order)
+    training = Training(model, guide, optimizer, scheduler, batches, accelerator)
+    if after is not None:
+        try:
+            restore(training, *after)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"the checkpoint is of another model: {error}") from error
     model.train()  # from_pretrained leaves a backbone without dropout
-    steps = count()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     good = [p.detach().clone() for p in parameters]
     record: Record = {}
@@ -97,51 +112,63 @@ def fit(
     def check() -> None:
         """The parameters of a last step must have a finite loss, as those of any other."""
         batch = dict(next(batches))
-        if record and not torch.isfinite(module(batch, batch.pop("labels"), 1.0, fixed)):
+        if training.step and not torch.isfinite(
+            module(batch, batch.pop("labels"), 1.0, training.held)
+        ):
             _copy(good, parameters)
-            raise _not_finite(record | {"loss": math.nan})
+            raise _not_finite({"step": training.step, "phase": "", **record, "loss": math.nan})
 
-    with tqdm(total=total_steps, disable=None, unit="step") as progress:
-        for phase in phases:
-            if phase.gates != "open" and model.bit_gates:
-                calibrate(model, guide, islice(some, CALIBRATION_BATCHES))
-            if phase.gates == "sampled":
-                fixed = None
-            elif phase.gates == "decided":
-                check()
-                fixed = decide()
-            for step in range(phase.steps):
-                kl_weight = phase.kl_weight(step)
-                batch = dict(next(batches))
-                loss = module(batch, batch.pop("labels"), kl_weight, fixed) / model.num_examples
-                record = record_step(
-                    next(steps), phase.name, kl_weight, loss.item(), elbo.terms, model, guide
-                )
-                if not torch.isfinite(loss):
-                    _copy(good, parameters)
+    with tqdm(total=total_steps, initial=training.step, disable=None, unit="step") as progress:
+        for phase, step in _from(training.step, phases):
+            if step == 0:
+                if phase.gates != "open" and model.bit_gates:
+                    some = calibration_batches(loader_of_all)
+                    calibrate(model, guide, islice(some, CALIBRATION_BATCHES))
+                if phase.gates == "sampled":
+                    training.held = None
+                elif phase.gates == "decided":
+                    check()
+                    training.held = decide()
+            kl_weight = phase.kl_weight(step)
+            batch = dict(next(batches))
+            loss = module(batch, batch.pop("labels"), kl_weight, training.held)
+            loss = loss / model.num_examples
+            record = record_step(
+                training.step, phase.name, kl_weight, loss.item(), elbo.terms, model, guide
+            )
+            if not torch.isfinite(loss):
+                _copy(good, parameters)
+                raise _not_finite(record)
+            _copy(parameters, good)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.unscale_gradients(optimizer)
+            for group in optimizer.param_groups:  # apart: a price must not slow the weights
+                norm = clip_grad_norm_(group["params"], optimisation.max_grad_norm)
+                # a scaler skips steps that overflow
+                if accelerator.scaler is None and not torch.isfinite(norm):
                     raise _not_finite(record)
-                _copy(parameters, good)
-                optimizer.zero_grad()
-                accelerator.backward(loss)
-                accelerator.unscale_gradients(optimizer)
-                for group in optimizer.param_groups:  # apart: a price must not slow the weights
-                    norm = clip_grad_norm_(group["params"], optimisation.max_grad_norm)
-                    # a scaler skips steps that overflow
-                    if accelerator.scaler is None and not torch.isfinite(norm):
-                        raise _not_finite(record)
-                optimizer.step()
-                scheduler.step()
-                # not before: while the KL weight rises, the price has only part of its effect
-                if phase.name == "joint" and isinstance(model.priors.gates, GibbsGates):
-                    rate = min(PRICE_TRAVEL / phase.steps, 1.0)
-                    model.priors.gates.ascend(float(record["decided_bops"]), rate)
-                on_step(record)
-                progress.set_postfix_str(_summary(record), refresh=False)
-                progress.update()
+            optimizer.step()
+            scheduler.step()
+            # not before: while the KL weight rises, the price has only part of its effect
+            if phase.name == "joint" and isinstance(model.priors.gates, GibbsGates):
+                rate = min(PRICE_TRAVEL / phase.steps, 1.0)
+                model.priors.gates.ascend(float(record["decided_bops"]), rate)
+            training.step += 1
+            on_step(record)
+            progress.set_postfix_str(_summary(record), refresh=False)
+            progress.update()
+            keep(training, step + 1 == phase.steps)
     check()
-    if fixed is None:  # nothing settled
-        fixed = decide()
-    return fixed
+    if training.held is None:  # nothing settled
+        training.held = decide()
+    return training.held
+
+
+def _from(done: int, phases: list[Phase]) -> Iterator[tuple[Phase, int]]:
+    """Every phase and step in it, without the first steps of all."""
+    steps = ((phase, step) for phase in phases for step in range(phase.steps))
+    return islice(steps, done, None)
 
 
 @torch.no_grad()

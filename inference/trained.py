@@ -24,10 +24,11 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import evaluation_batches
-from bayes_lora.inference.config import FinetuneConfig, data_seed, parse
+from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.decision import read_decision
 from bayes_lora.inference.files import restarts, write_text
+from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.tasks import Task
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification, Regression

@@ -1,0 +1,216 @@
+"""Checkpoints of a training: folders that are whole or absent, of which the last few are kept.
+
+    OUT/checkpoints/step-120/state.safetensors    tensors
+                             state.json           numbers, the run they are of, and a digest
+
+A checkpoint is written under another name, flushed to the disk, and then renamed; so whenever the
+process is killed, what has the name of a checkpoint is one. The digest tells if a file was damaged
+later. The run, its options and its data, tells a checkpoint that is of another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from safetensors.torch import load, save
+from torch import Tensor
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.config import FinetuneConfig
+from bayes_lora.models.priors import Priors
+
+Run = Mapping[str, Any]
+"""What a checkpoint is of: every option that matters by name, and a digest of the data."""
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of all checkpoints in that of the run."""
+
+ANY_VALUE = {
+    "output_dir", "overwrite", "resume", "restarts", "prior_predictive",
+    "save_minutes", "save_steps", "save_total_limit",
+}  # fmt: skip
+"""Options that may differ when a training goes on."""
+
+
+class Checkpoint(NamedTuple):
+    """A state of training.
+
+    Attributes
+    ----------
+    tensors, numbers : dict
+        As of `state.py`, and whatever else was kept.
+    """
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+class Keeper:
+    """Writes checkpoints when they are due.
+
+    Parameters
+    ----------
+    folder : Path
+        Of all checkpoints of the run; made with the first one.
+    run : mapping
+        What they are of.
+    steps : int or None
+        Steps from one checkpoint to the next; None counts minutes alone.
+    minutes : float
+        Minutes from one checkpoint to the next, at most.
+    limit : int
+        How many are kept.
+    """
+
+    def __init__(
+        self, folder: Path, run: Run, steps: int | None, minutes: float, limit: int
+    ) -> None:
+        self.folder, self.run = folder, run
+        self.steps, self.minutes, self.limit = steps, minutes, limit
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint, after so many steps."""
+        late = time.monotonic() - self._last >= 60 * self.minutes
+        return late or (self.steps is not None and step % self.steps == 0)
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and remove those that are too many.
+
+        Raises
+        ------
+        InputError
+            If it cannot be written; what was there stays.
+        """
+        try:
+            _write(self.folder, checkpoint, self.run)
+        except OSError as error:
+            raise InputError(
+                f"cannot write a checkpoint to {self.folder}: {error.strerror}; the last one is "
+                "whole: mend that, and go on with --resume"
+            ) from error
+        for old in found(self.folder)[: -self.limit]:
+            shutil.rmtree(old)
+        self._last = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the run is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the last one at the end."""
+    names = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(names, key=lambda path: int(path.name[5:]))
+
+
+def last_checkpoint(folder: Path, run: Run) -> Checkpoint | None:
+    """Read the last checkpoint that is whole; None if there has been none.
+
+    A damaged one is named on standard error, and the one before it is taken.
+
+    Raises
+    ------
+    InputError
+        If all are damaged, or the one that is not is of another run.
+    """
+    checkpoints = found(folder)
+    for path in reversed(checkpoints):
+        try:
+            checkpoint, of = _read(path)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"bayes-lora: {path} is damaged ({error}): it is left out", file=sys.stderr)
+            continue
+        if other := [name for name in run if run[name] != of.get(name)]:
+            name = other[0]
+            if name == "data":
+                raise InputError(f"{path} is of other data: give the same, or another --output_dir")
+            raise InputError(
+                f"{path} was made with {name} {of.get(name)}, not {run[name]}: give the same "
+                "options as then, or another --output_dir"
+            )
+        return checkpoint
+    if checkpoints:
+        raise InputError(f"no checkpoint in {folder} is whole: train anew, with --overwrite")
+    return None
+
+
+def identity(config: FinetuneConfig, priors: Priors, data: Dataset) -> Run:
+    """What a checkpoint must be of to go on: options, priors, tokens and labels."""
+    options = {k: v for part in vars(config).values() for k, v in asdict(part).items()}
+    options = {k: v for k, v in options.items() if k not in ANY_VALUE}
+    # where a function lies in memory says nothing of it
+    written = re.sub(r" at 0x[0-9a-f]+", "", repr(priors))
+    return dict(json.loads(json.dumps(options)) | {"priors": written, "data": _digest_of(data)})
+
+
+def _digest_of(data: Dataset) -> str:
+    tokens = np.fromiter(chain.from_iterable(data["input_ids"]), dtype=np.int64)
+    lengths = np.fromiter(map(len, data["input_ids"]), dtype=np.int64)
+    labels = np.asarray(data["labels"][:])
+    return _digest(*(np.ascontiguousarray(a).tobytes() for a in (tokens, lengths, labels)))
+
+
+def _write(folder: Path, checkpoint: Checkpoint, run: Run) -> None:
+    path = folder / f"step-{checkpoint.numbers['step']}"
+    partial = folder / f".{path.name}.partial"
+    tensors = save({n: t.detach().cpu().contiguous() for n, t in checkpoint.tensors.items()})
+    state = {"run": dict(run), "numbers": checkpoint.numbers}
+    digest = _digest(tensors, json.dumps(state).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _flushed(partial / "state.safetensors", tensors)
+        _flushed(partial / "state.json", json.dumps(state | {"digest": digest}).encode())
+        _sync(partial)
+        if path.exists():  # a training that went on from the one before it
+            shutil.rmtree(path)
+        partial.rename(path)
+        _sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read(path: Path) -> tuple[Checkpoint, Run]:
+    tensors = (path / "state.safetensors").read_bytes()
+    state = json.loads((path / "state.json").read_bytes())
+    if state.pop("digest") != _digest(tensors, json.dumps(state).encode()):
+        raise ValueError("its digest is another")
+    return Checkpoint(load(tensors), state["numbers"]), state["run"]
+
+
+def _digest(*parts: bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def _flushed(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

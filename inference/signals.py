@@ -1,0 +1,64 @@
+"""SIGTERM and Ctrl-C while training: the step under way is finished, and a checkpoint written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from bayes_lora.errors import Interrupted
+
+
+class Pending:
+    """A signal that has come and was not yet acted on.
+
+    Attributes
+    ----------
+    signal : int or None
+        Its number.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def act(self, message: str) -> None:
+        """Stop, if a signal has come.
+
+        Raises
+        ------
+        Interrupted
+            With the message.
+        """
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise Interrupted(f"{message} by {name}", self.signal)
+
+
+@contextmanager
+def held_back() -> Iterator[Pending]:
+    """Hold SIGTERM and SIGINT back inside the block; the second one acts at once.
+
+    Only the main thread has signals; elsewhere nothing changes.
+    """
+    pending = Pending()
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pending.signal = number
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield pending
+    finally:
+        restore()
