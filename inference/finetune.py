@@ -235,7 +235,8 @@ def _train(
         return gates
 
     def keep(training: Training, phase_ended: bool) -> None:
-        if phase_ended or pending.signal or keeper.due(training.step):
+        signalled = pending.signal is not None  # one that comes later waits for the next step
+        if phase_ended or signalled or keeper.due(training.step):
             mine = {"unsettled": unsettled, "seconds": time.monotonic() - begun}
             kept = history.kept()
             keeper.keep(
@@ -243,7 +244,8 @@ def _train(
                     tensors(training) | kept.tensors, numbers(training) | kept.numbers | mine
                 )
             )
-        pending.act(stopped)
+        if signalled:
+            pending.act(stopped)
 
     with (
         held_back() as pending,
