@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference.checkpoint import CHECKPOINTS
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.finetune import finetune, quiet
@@ -83,12 +84,17 @@ def finished(method: str, words: Sequence[str], folder: Path) -> dict[str, float
 
 
 def train_cell(method: str, words: Sequence[str], folder: Path) -> None:
-    """Train one cell, in this process; its metrics also say how much memory it took."""
+    """Train one cell, in this process; its metrics also say how much memory it took.
+
+    What left a checkpoint goes on after it.
+    """
     quiet()
     config = _config(words, folder)
     if method in FINETUNED:
-        posterior = replace(config.posterior, **FINETUNED[method])
-        metrics = finetune(replace(config, posterior=posterior))
+        posterior, training = replace(config.posterior, **FINETUNED[method]), config.training
+        if (folder / CHECKPOINTS).exists():
+            training = replace(training, overwrite=False, resume=True)
+        metrics = finetune(replace(config, posterior=posterior, training=training))
     else:
         from bayes_lora.inference.train_baseline import train_baseline, truncated_lora  # needs PEFT
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from bayes_lora.inference import checkpoint
+from bayes_lora.inference import cells, checkpoint
 from bayes_lora.inference.checkpoint import found
 from bayes_lora.inference.cli import main
 
@@ -51,7 +51,9 @@ def same(one, two):
         assert tensors[0].keys() == tensors[1].keys()
         assert all(tensor.equal(tensors[1][key]) for key, tensor in tensors[0].items())
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
-    assert all(found.pop("seconds") > 0 for found in metrics)
+    assert all(each.pop("seconds") > 0 for each in metrics)
+    for each in metrics:
+        each.pop("peak_memory_mb", None)
     assert metrics[0] == metrics[1]
     bundles = [az.from_netcdf(str(run / "posterior.nc")).load() for run in (one, two)]
     for group in bundles[0].groups():
@@ -230,6 +232,18 @@ def test_a_signal_writes_a_checkpoint_and_says_so(command, tmp_path, monkeypatch
     assert found(tmp_path / "run" / "checkpoints")[-1].name == "step-14"  # that under way
     assert command(resume="")[0] == 0
     same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_cell_of_a_comparison_goes_on(small_run, few_draws, tmp_path):
+    small = small_run | {"rank": 3, "batch_size": 20, "draws": 2}
+    words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    cells.train_cell("r", words, tmp_path / "whole")
+    with killed_after(2):
+        cells.train_cell("r", words, tmp_path / "cell")
+    before = (tmp_path / "cell" / "config.yaml").stat().st_mtime_ns
+    cells.train_cell("r", words, tmp_path / "cell")
+    assert (tmp_path / "cell" / "config.yaml").stat().st_mtime_ns == before  # not begun anew
+    same(tmp_path / "cell", tmp_path / "whole")
 
 
 KILLS = 20
