@@ -45,7 +45,6 @@ from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.baselines import Setting, build
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.elbo import TermwiseELBO
-from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.optimisation import (
     Optimisation,
     gate_learning_rate,
@@ -53,6 +52,7 @@ from bayes_lora.inference.optimisation import (
 )
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.prepared import prepare
+from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.train import Record, fit
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification

@@ -22,7 +22,8 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference.checkpoint import CHECKPOINTS
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.files import write_text
-from bayes_lora.inference.finetune import finetune, quiet
+from bayes_lora.inference.finetune import finetune
+from bayes_lora.inference.quiet import quiet
 
 FINETUNED: dict[str, dict[str, Any]] = {
     "r": {"method": "r"},

@@ -20,9 +20,9 @@ from bayes_lora.inference.allocation import Cost, allocate, layer_bops, layer_by
 from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, describe, write_decision
-from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.predict import predict
+from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.table import short_names
 from bayes_lora.inference.trained import Trained, Validation, read_run, validation_if_there
 from bayes_lora.inference.worth import worth

@@ -35,12 +35,12 @@ from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.decide import judge
 from bayes_lora.inference.decision import decided_by
 from bayes_lora.inference.files import write_text
-from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.manifest import Manifest, write_manifest
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.packed import layout, write_packed
 from bayes_lora.inference.peft_adapter import decided_layers, write_peft
 from bayes_lora.inference.predict import predictions
+from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.trained import Trained, Validation, read_run, validation_if_there
 from bayes_lora.models.likelihoods import Regression
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -23,10 +22,8 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 
-import datasets
 import pyro
 import torch
-import transformers
 from accelerate import Accelerator
 
 from bayes_lora.errors import InputError
@@ -60,6 +57,7 @@ from bayes_lora.inference.phases import Phase, plan
 from bayes_lora.inference.posterior import PRIOR_DRAWS
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.prepared import Prepared, prepare
+from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.results import finished, write_results
 from bayes_lora.inference.signals import held_back
@@ -109,6 +107,8 @@ def finetune(config: FinetuneConfig, priors: Priors | None = None) -> dict[str, 
         If data, backbone or output folder are not what they should be. Nothing is written then.
     NumericalError
         If training leaves the finite numbers; the last good parameters are written.
+    Interrupted
+        If SIGTERM or SIGINT came; there is a checkpoint to resume from.
     """
     # parameters live in their modules, not in Pyro's global store: no run leaks into the next
     with pyro.settings.context(module_local_params=True):
@@ -271,15 +271,6 @@ def prior_predictive(config: FinetuneConfig) -> str:
         raise InputError("prior_predictive needs gates: choose another method than lora")
     gates = draw_prior(model, PRIOR_DRAWS, torch.Generator().manual_seed(config.training.seed))
     return prior_table(model.network, quantities(model.network, gates, PRIOR_DRAWS))
-
-
-def quiet() -> None:
-    """Leave to the libraries' messages only what a user of a command can do something about."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="Encountered NaN")  # reported as an error, once
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

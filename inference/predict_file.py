@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from bayes_lora.errors import InputError
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.files import write_text
-from bayes_lora.inference.finetune import quiet
 from bayes_lora.inference.loading import FineTuned, load
 from bayes_lora.inference.manifest import NAME as MANIFEST
+from bayes_lora.inference.quiet import quiet
 
 CHUNK = 256  # rows in memory at a time, and between two writes
 SHOWN = 20  # rows that could not be read

@@ -91,6 +91,19 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(command, tmp_path, case):
         shutil.rmtree(tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture
+def whole(command, place):
+    """Folder of a run that was not stopped, trained once for all tests."""
+    if not (place / "run" / "posterior.nc").exists():
+        assert command(output_dir=place / "run")[0] == 0
+    return place / "run"
+
+
 @pytest.fixture
 def stopped(command, tmp_path):
     """Folder of a run that was killed after its third checkpoint."""
@@ -118,7 +131,7 @@ def cut(path):
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [flip, cut, os.remove])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    command, stopped, tmp_path, file, damage
+    command, stopped, whole, file, damage
 ):
     run = stopped()
     last = found(run / "checkpoints")[-1]
@@ -126,8 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     code, _, err = command(save_steps=5, resume="")
     assert code == 0, err
     assert f"{last} is damaged" in err
-    command(output_dir=tmp_path / "whole")
-    same(run, tmp_path / "whole")
+    same(run, whole)
 
 
 def test_without_a_whole_checkpoint_nothing_is_lost_in_silence(command, stopped):
@@ -172,8 +184,7 @@ def test_a_checkpoint_of_other_data_is_refused(command, stopped, inputs, tmp_pat
     assert "is of other data" in err
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path, monkeypatch):
-    command(output_dir=tmp_path / "whole")
+def test_a_full_disk_leaves_the_last_checkpoint(command, whole, tmp_path, monkeypatch):
     flushed, fsync = [], os.fsync
 
     def full(descriptor):
@@ -191,7 +202,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "checkpoints"
     assert list(folder.iterdir()) == found(folder) != []
     assert command(resume="")[0] == 0
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", whole)
 
 
 def test_resume_begins_what_has_not_begun_and_leaves_what_is_finished(command, tmp_path):
@@ -214,8 +225,7 @@ def test_restarts_go_on_with_the_one_that_was_stopped(command, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_says_so(command, tmp_path, monkeypatch, number):
-    command(output_dir=tmp_path / "whole")
+def test_a_signal_writes_a_checkpoint_and_says_so(command, whole, tmp_path, monkeypatch, number):
     due = checkpoint.Keeper.due
 
     def interrupted(keeper, step):
@@ -231,7 +241,7 @@ def test_a_signal_writes_a_checkpoint_and_says_so(command, tmp_path, monkeypatch
     assert "--resume" in err
     assert found(tmp_path / "run" / "checkpoints")[-1].name == "step-14"  # that under way
     assert command(resume="")[0] == 0
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", whole)
 
 
 def test_a_cell_of_a_comparison_goes_on(small_run, few_draws, tmp_path):
