@@ -169,12 +169,12 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         settings.gate_learning_rate or gate_learning_rate(phases),
         settings.max_grad_norm,
     )
+    resolved = resolve(config, data.task.name, optimisation.gate_learning_rate, model.priors)
     keeper = Keeper(
-        folder / CHECKPOINTS, identity(config, priors, data.train),
+        folder / CHECKPOINTS, identity(resolved, priors, data.train),
         settings.save_steps, settings.save_minutes, settings.save_total_limit,
     )  # fmt: skip
     checkpoint = last_checkpoint(keeper.folder, keeper.run) if settings.resume else None
-    resolved = resolve(config, data.task.name, optimisation.gate_learning_rate, model.priors)
     if checkpoint is None:
         open_folder(folder, OUTPUTS)
         keeper.clear()  # of a run that is replaced
@@ -211,7 +211,7 @@ def _train(
     iterations = ceil(config.posterior.refine_epochs * len(data.batches) / DRAWS)
     steps = sum(phase.steps for phase in phases) + iterations * model.gated
     unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
-    stopped = f"stopped; `--resume` goes on after the last checkpoint in {folder}"
+    stopped = f"the same command with --resume goes on after the last checkpoint in {folder}"
 
     def refined(terms: dict[str, float]) -> None:
         history.refined(terms)

@@ -29,11 +29,11 @@ class Pending:
         Raises
         ------
         Interrupted
-            With the message.
+            With the name of the signal, and the message, which says how to go on.
         """
         if self.signal is not None:
             name = signal.Signals(self.signal).name
-            raise Interrupted(f"{message} by {name}", self.signal)
+            raise Interrupted(f"stopped by {name}; {message}", self.signal)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import arviz as az
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from bayes_lora.inference import cells, checkpoint
@@ -213,6 +214,14 @@ def test_resume_begins_what_has_not_begun_and_leaves_what_is_finished(command, t
     assert "is finished already" in err
     assert "score" in out
     assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_a_run_goes_on_by_its_own_configuration(stopped, whole):
+    run = stopped()
+    words = ["--config", str(run / "config.yaml"), "--output_dir", str(run), "--resume"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["finetune", *words]) == 0
+    same(run, whole)
 
 
 def test_restarts_go_on_with_the_one_that_was_stopped(command, tmp_path):
