@@ -176,6 +176,8 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     )  # fmt: skip
     checkpoint = last_checkpoint(keeper.folder, keeper.run) if settings.resume else None
     if checkpoint is None:
+        if settings.resume:  # what has left no checkpoint may go, but not what is finished
+            check_free(folder, ("metrics.json",), overwrite=False)
         open_folder(folder, OUTPUTS)
         keeper.clear()  # of a run that is replaced
         header = [

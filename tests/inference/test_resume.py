@@ -216,6 +216,15 @@ def test_resume_begins_what_has_not_begun_and_leaves_what_is_finished(command, t
     assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
 
 
+def test_resume_does_not_replace_what_it_cannot_go_on_with(command, tmp_path):
+    with killed_after(2):
+        command(restarts=2)
+    code, _, err = command(resume="")  # without --restarts
+    assert code == 2
+    assert "already holds a run (restart-0)" in err
+    assert found(tmp_path / "run" / "restart-0" / "checkpoints")
+
+
 def test_a_run_goes_on_by_its_own_configuration(stopped, whole):
     run = stopped()
     words = ["--config", str(run / "config.yaml"), "--output_dir", str(run), "--resume"]
