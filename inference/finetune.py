@@ -211,7 +211,7 @@ def _train(
     settings, folder = config.training, Path(config.training.output_dir)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     iterations = ceil(config.posterior.refine_epochs * len(data.batches) / DRAWS)
-    steps = sum(phase.steps for phase in phases) + iterations * model.gated
+    steps = sum(phase.steps for phase in phases) + iterations
     unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
     stopped = f"the same command with --resume goes on after the last checkpoint in {folder}"
 
