@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import rank_probabilities
-from bayes_lora.inference.batches import forever, training_batches
+from bayes_lora.inference.batches import EndlessBatches, training_batches
 from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.natural_gradient import GateSet, ascend
 from bayes_lora.inference.options import data_seed
@@ -145,7 +145,9 @@ def main() -> None:
     prior = model.rank_prior_logits[tail.index].double()
     iterations = math.ceil(len(batches) / DRAWS)
     begin = time.monotonic()
-    refine_guide(model, guide, forever(tqdm(batches, desc="refine", disable=None)), iterations)
+    refine_guide(
+        model, guide, EndlessBatches(tqdm(batches, desc="refine", disable=None)), iterations
+    )
     seconds = time.monotonic() - begin
     start, found = relaxed[tail.index].double(), guide.rank_logits.detach()[tail.index].double()
     guides = {

@@ -117,9 +117,3 @@ class EndlessBatches(Iterator[dict[str, Tensor]]):
         first = next(rest, None)  # now, as this draws random numbers
         self._pass = iter(()) if first is None else chain([first], rest)
         self._begun, self._taken = begun, taken
-
-
-def forever(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """Batches of pass after pass, each shuffled anew if the loader shuffles."""
-    while True:
-        yield from loader

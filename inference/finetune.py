@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
-from bayes_lora.inference.batches import forever, training_batches
+from bayes_lora.inference.batches import EndlessBatches, training_batches
 from bayes_lora.inference.budget import meet_budget
 from bayes_lora.inference.bundle import combine, read_bundle, write_bundle
 from bayes_lora.inference.checkpoint import (
@@ -228,7 +228,7 @@ def _train(
                 data.train, data.collate, settings.batch_size, "random", settings.seed + 1
             )
             with accelerator.autocast():
-                refine_guide(model, guide, forever(batches), iterations, DRAWS, refined)
+                refine_guide(model, guide, EndlessBatches(batches), iterations, DRAWS, refined)
         meet_budget(model, guide)
         gates = guide.decision()
         prediction = predict(model, guide, data.validation_batches, gates)

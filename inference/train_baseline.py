@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.errors import NumericalError
 from bayes_lora.inference.baselines import Baseline, Setting, build
-from bayes_lora.inference.batches import calibration_batches, forever
+from bayes_lora.inference.batches import EndlessBatches, calibration_batches
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.files import check_free, open_folder, write_tensors, write_text
 from bayes_lora.inference.metrics import evaluate_predictions
@@ -172,7 +172,7 @@ def _fit(baseline: Baseline, config: FinetuneConfig, data: Prepared) -> float:
     network.train()
     found: list[float] = []
     with tqdm(total=total, disable=None, unit="step") as progress:
-        for step, batch in enumerate(islice(forever(loader), total)):
+        for step, batch in enumerate(islice(EndlessBatches(loader), total)):
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             logits = network(**inputs).logits.float()
             log_likelihood = likelihood(logits).log_prob(batch["labels"]).mean()
