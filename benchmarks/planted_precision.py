@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from itertools import repeat
 
 import torch
 from planted import KnownNoise, random_texts, small_bert
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bayes_lora.gates import rank_probabilities
-from bayes_lora.inference.refine import refine_guide
+from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import IndependentGates, Priors
@@ -96,7 +95,7 @@ def main() -> None:
         truths, refined, reference = [], [], []
         for seed in tqdm(range(options.seeds), disable=None, desc=f"noise {noise}"):
             model, guide, data, planted = make(seed, noise)
-            refine_guide(model, guide, repeat(data), options.iterations)
+            refine_guide(model, guide, [data], DRAWS * options.iterations)
             _, bits = guide.open_probabilities()
             truths.append(planted)
             refined.append(rank_probabilities(bits[:, 0]))

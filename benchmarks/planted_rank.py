@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bayes_lora.gates import rank_probabilities
-from bayes_lora.inference.batches import EndlessBatches
 from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.refine import refine_guide
@@ -87,7 +86,7 @@ def rank_posterior(
     phases = plan(steps, (0.0, 0.3, 0.7), gated=True)
     optimisation = Optimisation(0.01, gate_learning_rate(phases))
     fit(model, guide, loader, phases, optimisation, Accelerator(cpu=True))
-    refine_guide(model, guide, EndlessBatches(loader), iterations=200)
+    refine_guide(model, guide, DataLoader(examples, 200), passes=80)  # type: ignore[arg-type]
     return rank_probabilities(guide.open_probabilities().rank_gate)
 
 

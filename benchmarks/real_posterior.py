@@ -5,14 +5,14 @@
     python benchmarks/real_posterior.py runs/relaxed > benchmarks/real_posterior.csv
 
 The run ends with a relaxed posterior: nothing is settled. It is refined here, as `--refine_epochs
-1` does, and timed. Of the last block, the three layers behind the attention see one token a text
+3` does, and timed. Of the last block, the three layers behind the attention see one token a text
 only, the one that is classified. So their inputs can be kept, and all 9 x 9 x 9 configurations of
 the three ranks are summed over the whole training set, weights and other gates held at the
 decision. One line a guide: the mean of the three ranks, and the total variation distance of their
 distributions from that. `relaxed` is that of the run, `refined` what becomes of it, all gates at
 once; `from relaxed` is the refinement of these three alone, given the same gates and data as the
-sum has, by batches of 32 as in the run, or by the whole training set. At last, how far the
-refinement moved the distribution of the rank over all layers.
+sum has, in passes over batches of 32, the mean of ten seeds, or with the whole training set at
+every draw. At last, how far the refinement moved the distribution of the rank over all layers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import rank_probabilities
-from bayes_lora.inference.batches import EndlessBatches, training_batches
+from bayes_lora.inference.batches import fixed_batches
 from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.natural_gradient import GateSet, ascend
 from bayes_lora.inference.options import data_seed
@@ -47,14 +46,18 @@ from bayes_lora.network import Latents
 LAYERS = ("attention.output.dense", "intermediate.dense", "output.dense")
 
 
+PASSES = 3  # of the refinement of all gates
+SEEDS = 10
+
+
 def load(run: Path) -> tuple[BayesianLoRA, GateGuide, DataLoader, DataLoader]:
-    """Model and guide of a finished run; its training set, in order, and as it is trained on."""
+    """Model and guide of a finished run; its training set, in order, and as it is refined on."""
     found = read_run(run)
     _, train, _ = load_task(found.config.data, data_seed(found.config.training))
     tokens = tokenize(train, found.task, found.tokenizer, found.config.data.max_length)
     collate = transformers.DataCollatorWithPadding(found.tokenizer)
     settings = found.config.training
-    batches = training_batches(tokens, collate, settings.batch_size, "random", settings.seed + 1)
+    batches = fixed_batches(tokens, collate, settings.batch_size, settings.seed)
     return found.model, found.guide, DataLoader(tokens, 64, collate_fn=collate), batches
 
 
@@ -118,19 +121,23 @@ def exact(tail: Tail, prior: Tensor) -> Tensor:
     return torch.stack([joint.sum((1, 2)), joint.sum((0, 2)), joint.sum((0, 1))])
 
 
-def refined(tail: Tail, start: Tensor, prior: Tensor, iterations: int, batch: int | None) -> Tensor:
+def refined(
+    tail: Tail, start: Tensor, prior: Tensor, iterations: int, batch_size: int, seed: int = 0
+) -> Tensor:
     """Logits of the three layers after a refinement of their gates alone."""
     gates = GateSet(start.clone(), prior, bends=False)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randperm(len(tail.labels), generator=generator).split(batch_size)
+    turns = itertools.cycle(parts)
 
     def log_likelihood(z: Tensor) -> Tensor:
-        if batch is None:
-            return tail.log_likelihood(z)
-        return tail.log_likelihood(
-            z, torch.randint(len(tail.labels), (batch,), generator=generator)
-        )
+        rows = next(turns)
+        return tail.log_likelihood(z, rows) * len(rows) / len(tail.labels)
 
-    ascend(log_likelihood, tail.log_factor, [gates], iterations, generator=generator)
+    ascend(
+        log_likelihood, tail.log_factor, [gates], iterations, DRAWS, len(parts),
+        generator=generator,
+    )  # fmt: skip
     return gates.logits
 
 
@@ -143,33 +150,30 @@ def main() -> None:
     relaxed = guide.rank_logits.detach().clone()
     tail = Tail(model, guide, data)
     prior = model.rank_prior_logits[tail.index].double()
-    iterations = math.ceil(len(batches) / DRAWS)
     begin = time.monotonic()
-    refine_guide(
-        model, guide, EndlessBatches(tqdm(batches, desc="refine", disable=None)), iterations
-    )
+    refine_guide(model, guide, batches, PASSES)
     seconds = time.monotonic() - begin
     start, found = relaxed[tail.index].double(), guide.rank_logits.detach()[tail.index].double()
-    guides = {
-        "relaxed": start,
-        "refined": found,
-        f"from relaxed, {iterations} iterations of batches": refined(
-            tail, start, prior, iterations, 32
-        ),
-        "from relaxed, 300 iterations of batches": refined(tail, start, prior, 300, 32),
-        "from relaxed, 300 iterations of all data": refined(tail, start, prior, 300, None),
-    }
+    guides = {"relaxed": [start], "refined": [found]}
+    for passes in (1, 2, 3, 5, 10):
+        iterations = math.ceil(passes * len(batches) / DRAWS)
+        guides[f"from relaxed, {passes} passes"] = [
+            refined(tail, start, prior, iterations, 32, seed) for seed in range(SEEDS)
+        ]
+    guides["from relaxed, 300 iterations of all data"] = [
+        refined(tail, start, prior, 300, len(tail.labels))
+    ]
     reference = exact(tail, prior)
     ranks = torch.arange(prior.shape[-1] + 1.0, dtype=torch.double)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     print("# python benchmarks/real_posterior.py", *sys.argv[1:])
     writer.writerow(["guide", *(f"mean_rank_{kind}" for kind in LAYERS),
                      *(f"distance_{kind}" for kind in LAYERS)])  # fmt: skip
-    rows = {"all configurations": reference}
-    rows |= {name: rank_probabilities(logits.sigmoid()) for name, logits in guides.items()}
+    rows = {"all configurations": reference[None]}
+    rows |= {name: rank_probabilities(torch.stack(x).sigmoid()) for name, x in guides.items()}
     for name, p in rows.items():
         distance = 0.5 * (p - reference).abs().sum(-1)
-        numbers = [*(p @ ranks).tolist(), *distance.tolist()]
+        numbers = [*(p @ ranks).mean(0).tolist(), *distance.mean(0).tolist()]
         writer.writerow([name, *(f"{number:.3f}" for number in numbers)])
     pair = [rank_probabilities(x.double().sigmoid()) for x in (relaxed, guide.rank_logits.detach())]
     moved = 0.5 * (pair[0] - pair[1]).abs().sum(-1)

@@ -63,6 +63,17 @@ def evaluation_batches(
     return DataLoader(data, batch_size=batch_size, sampler=order, collate_fn=collate)
 
 
+def fixed_batches(
+    data: Dataset, collate: Callable[[list[Any]], dict[str, Tensor]], batch_size: int, seed: int
+) -> DataLoader:
+    """All examples, those of like length together, as the same batches in the same drawn order."""
+    lengths = torch.tensor([len(tokens) for tokens in data["input_ids"]])
+    draw = torch.Generator().manual_seed(seed)
+    rows = lengths.argsort(stable=True).split(batch_size)
+    order = torch.randperm(len(rows), generator=draw).tolist()
+    return DataLoader(data, batch_sampler=[rows[i].tolist() for i in order], collate_fn=collate)
+
+
 def calibration_batches(loader: DataLoader) -> DataLoader:
     """Batches of the same data, drawn, for a file may be sorted, and the same ones every time.
 

@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors, resolve
 from bayes_lora.inference.backbone import load_backbone
-from bayes_lora.inference.batches import EndlessBatches, training_batches
+from bayes_lora.inference.batches import fixed_batches
 from bayes_lora.inference.budget import meet_budget
 from bayes_lora.inference.bundle import combine, read_bundle, write_bundle
 from bayes_lora.inference.checkpoint import (
@@ -210,8 +210,9 @@ def _train(
     """Go through the phases; what is decided, the history, and the score before settling."""
     settings, folder = config.training, Path(config.training.output_dir)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    iterations = ceil(config.posterior.refine_epochs * len(data.batches) / DRAWS)
-    steps = sum(phase.steps for phase in phases) + iterations
+    refine_epochs = config.posterior.refine_epochs
+    parts = fixed_batches(data.train, data.collate, settings.batch_size, settings.seed)
+    steps = sum(phase.steps for phase in phases) + ceil(refine_epochs * len(parts) / DRAWS)
     unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
     stopped = f"the same command with --resume goes on after the last checkpoint in {folder}"
 
@@ -222,13 +223,9 @@ def _train(
     def decide() -> Gates:
         if not model.gated:
             return guide.decision()
-        if iterations:
-            # batches of their own, so that all methods are trained on the same ones
-            batches = training_batches(
-                data.train, data.collate, settings.batch_size, "random", settings.seed + 1
-            )
+        if refine_epochs:
             with accelerator.autocast():
-                refine_guide(model, guide, EndlessBatches(batches), iterations, DRAWS, refined)
+                refine_guide(model, guide, parts, refine_epochs, DRAWS, refined)
         meet_budget(model, guide)
         gates = guide.decision()
         prediction = predict(model, guide, data.validation_batches, gates)

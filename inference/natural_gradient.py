@@ -23,7 +23,8 @@ the derivative at three points only,
 
 and one backward pass at a draw of all gates gives one of the three for every gate at once. The
 rule is exact where the log likelihood is a polynomial of degree four in z_k. What it needs is the
-derivative itself: a straight-through gradient, as behind a quantizer, is none.
+derivative itself: a straight-through gradient, as behind a quantizer, is none. How the means m(t)
+are kept, with a data set too large for every draw to see all of it: `slopes.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from torch.nn.functional import softplus
 
 from bayes_lora.errors import NumericalError
 from bayes_lora.gates import GateStructure, nested, reach
+from bayes_lora.inference.slopes import Slopes
 
 MIDPOINTS = 0.5  # share of the rows in which one gate is at 1/2, in the draws that have such
 MAX_STEP = 3.0  # nats that a logit moves at most in one iteration
@@ -82,57 +84,13 @@ class GateSet:
         return gates, middle * reach(gates, self.structure)
 
 
-class Slopes:
-    """Running means of the derivative in every gate, where it was at 0, at 1/2 and at 1.
-
-    Draws with gates at 1/2 have other means than the guide, so they only tell how much the middle
-    differs from the ends: the integral is the trapezoid rule on whole draws, corrected by that.
-
-    Parameters
-    ----------
-    like : Tensor
-        Of the gates' shape.
-    window : float
-        Iterations that the means look back on.
-    """
-
-    def __init__(self, like: Tensor, window: float) -> None:
-        self.window = window
-        self.iterations = 0
-        self.sums, self.counts = (like.new_zeros(2, 3, *like.shape) for _ in range(2))
-
-    def add(
-        self, gates: Tensor, gradients: Tensor, middle: Tensor, reached: Tensor, whole: int
-    ) -> None:
-        """Take in one iteration: draws, derivatives, and which count; shapes (S, ..., K)."""
-        self.iterations += 1
-        rate = max(1 / self.iterations, 1 / self.window)
-        # beside a gate at 1/2 the others of its row are not a draw
-        reached = reached * (1 - middle.amax(-1, keepdim=True))
-        for point, here in enumerate((reached * (1 - gates), middle, reached * gates)):
-            for part, draws in enumerate((slice(whole), slice(whole, None))):
-                seen = here[draws]
-                self.sums[part, point].lerp_((seen * gradients[draws]).sum(0), rate)
-                self.counts[part, point].lerp_(seen.sum(0), rate)
-
-    def integrals(self) -> Tensor:
-        """D_k by Simpson's rule; where an end was not seen, from the other and the middle."""
-        means = self.sums / self.counts.clamp_min(1e-12)
-        seen = (self.counts > 0).to(means.dtype)
-        ends, ends_seen = means[:, ::2], seen[:, ::2]
-        trapezoid = (ends * ends_seen).sum(1) / ends_seen.sum(1).clamp_min(1)
-        # the line through one end and the middle has its mean in the middle
-        share = torch.where(ends_seen[1].sum(0) == 2, 2 / 3, 1.0) * seen[1, 1]
-        same_ends = (ends_seen[0] == ends_seen[1]).all(0)
-        return trapezoid[0] + share * same_ends * (means[1, 1] - trapezoid[1])
-
-
 def ascend(
     log_likelihood: Callable[..., Tensor],
     log_factor: Callable[..., Tensor | None],
     sets: Sequence[GateSet],
     iterations: int,
     draws: int = 4,
+    parts: int = 1,
     damping: float = 0.3,
     on_iteration: Callable[[float], None] = lambda log_likelihood: None,
     generator: torch.Generator | None = None,
@@ -142,8 +100,8 @@ def ascend(
     Parameters
     ----------
     log_likelihood : function
-        From one draw of every gate set to the log likelihood of the whole data set in nats, or
-        an unbiased estimate from a batch, shape (), differentiable in the gates.
+        From one draw of every gate set to a log likelihood in nats, shape (), differentiable in
+        the gates: of the whole data set or, in turn, of one of its parts, whose sum it is.
     log_factor : function
         From open probabilities of every gate set to the expected log factor of the prior in
         nats, shape (), or None.
@@ -153,11 +111,14 @@ def ascend(
         Updates of all logits.
     draws : int
         Draws an iteration, in antithetic pairs: an even number.
+    parts : int
+        How many calls of `log_likelihood` go through the whole data set; every time in the same
+        order.
     damping : float
         Share of the way to the optimum that an update goes.
     on_iteration : function
-        Called before every update with the log likelihood in nats, the mean over draws of gates
-        that are all open or closed.
+        Called before every update with the log likelihood in nats, as the mean over draws of
+        gates that are all open or closed has it for the whole data set.
     generator : torch.Generator, optional
         Draws the gates.
 
@@ -166,27 +127,32 @@ def ascend(
     NumericalError
         If the log likelihood or its gradient is not finite.
     """
-    slopes = [Slopes(gates.logits, window=max(1.0, iterations / 4)) for gates in sets]
+    window = iterations * draws / parts / 4
+    slopes = [Slopes(gates.logits, parts, window) for gates in sets]
     whole = draws - max(1, draws // 4) if any(gates.bends for gates in sets) else draws
-    for _ in range(iterations):
+    for iteration in range(iterations):
         drawn, middle = zip(*(gates.draw(draws, whole, generator) for gates in sets), strict=True)
         points = [z.lerp(torch.full_like(z, 0.5), m) for z, m in zip(drawn, middle, strict=True)]
         values: list[float] = []
-        gradients: list[list[Tensor]] = [[] for _ in sets]
-        for draw in zip(*points, strict=True):
-            leaves = [gates.clone().requires_grad_() for gates in draw]
+        # in any order, so that no part is always seen with gates at 1/2
+        for turn, draw in enumerate(torch.randperm(draws, generator=generator).tolist()):
+            leaves = [gates[draw].clone().requires_grad_() for gates in points]
             value = log_likelihood(*leaves)
-            values.append(value.item())
-            found = torch.autograd.grad(value, leaves)
-            if not all(torch.isfinite(x).all() for x in (value, *found)):
+            gradients = torch.autograd.grad(value, leaves)
+            if not all(torch.isfinite(x).all() for x in (value, *gradients)):
                 raise NumericalError("refinement: log likelihood, or its gradient, not finite")
-            for kept, gradient in zip(gradients, found, strict=True):
-                kept.append(gradient)
-        on_iteration(fmean(values[:whole]))
-        for gates, slope, z, m, g, factor in zip(
-            sets, slopes, drawn, middle, gradients, _factor_slopes(log_factor, sets), strict=True
+            if draw < whole:
+                values.append(value.item())
+            part = (iteration * draws + turn) % parts
+            for gates, slope, z, m, gradient in zip(
+                sets, slopes, drawn, middle, gradients, strict=True
+            ):
+                reached = reach(z[draw], gates.structure)
+                slope.add(part, draw < whole, z[draw], gradient, m[draw], reached)
+        on_iteration(fmean(values) * parts)
+        for gates, slope, factor in zip(
+            sets, slopes, _factor_slopes(log_factor, sets), strict=True
         ):
-            slope.add(z, torch.stack(g), m, reach(z, gates.structure), whole)
             reached = reach(gates.logits.sigmoid(), gates.structure).clamp_min(1e-12)
             optimum = (
                 gates.prior_logits + slope.integrals() + factor / reached - divergence(gates)[1]

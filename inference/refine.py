@@ -14,11 +14,14 @@ activation is quantized: then weights, A, e and B are, and their gates have exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from math import ceil
 
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
+from torch.utils.data import DataLoader
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import nested
@@ -31,14 +34,14 @@ from bayes_lora.models.priors import GibbsGates
 from bayes_lora.network import Batch, Latents
 
 DRAWS = 4
-"""Draws of all gates an iteration, each with a batch of its own."""
+"""Draws of all gates an iteration, each seeing the next batch."""
 
 
 def refine_guide(
     model: BayesianLoRA,
     guide: GateGuide,
-    batches: Iterator[Batch],
-    iterations: int,
+    batches: Sequence[Batch] | DataLoader,
+    passes: float,
     draws: int = DRAWS,
     on_iteration: Callable[[dict[str, float]], None] = lambda terms: None,
 ) -> None:
@@ -48,10 +51,12 @@ def refine_guide(
     ----------
     model, guide : BayesianLoRA, GateGuide
         A trained pair, on one device; the guide's gate logits are changed in place.
-    batches : iterator of mapping of str to Tensor
-        Batches of the training set, with `labels`; `iterations * draws` are taken.
-    iterations, draws : int
-        As in `natural_gradient.ascend`; every draw sees a batch of its own.
+    batches : sequence or DataLoader of mapping of str to Tensor
+        The whole training set, with `labels`, as the same batches in the same order every time.
+    passes : float
+        Over the training set: each draw of all gates sees one batch.
+    draws : int
+        Draws an iteration, as in `natural_gradient.ascend`.
     on_iteration : function
         Called before every update with the terms of the ELBO of discrete gates, nats:
         `log_likelihood`, `kl_adapter_weights`, `kl_rank_gate`, `kl_bit_gate`, `energy`.
@@ -70,15 +75,18 @@ def refine_guide(
         if logits is not None
     }
 
+    iterations = ceil(passes * len(batches) / draws)
+    turns = chain.from_iterable(repeat(batches))
+
     def gates_of(values: Sequence[Tensor]) -> Gates:
         return Gates(**dict(zip(sets, (value.float() for value in values), strict=True)))
 
     def log_likelihood(*values: Tensor) -> Tensor:
-        batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
+        batch = {name: tensor.to(device) for name, tensor in next(turns).items()}
         labels = batch.pop("labels")
         weights = guide.adapter_weights().sample()
         output = network(batch, Latents(weights, *gates_of(values), every_level=True))
-        return model.likelihood(output).log_prob(labels).mean() * model.num_examples
+        return model.likelihood(output).log_prob(labels).sum()
 
     prior = model.priors.adapter_weights(network)
 
@@ -113,6 +121,9 @@ def refine_guide(
             share = float(relative_bops(network, *guide.decision()))
             model.priors.gates.ascend(share, min(PRICE_TRAVEL / iterations, 1.0))
 
-    ascend(log_likelihood, log_factor, list(sets.values()), iterations, draws, on_iteration=report)
+    ascend(
+        log_likelihood, log_factor, list(sets.values()), iterations, draws, len(batches),
+        on_iteration=report,
+    )  # fmt: skip
     store()
     model.train(was_training)

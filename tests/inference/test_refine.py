@@ -5,10 +5,8 @@ import itertools
 import pytest
 import torch
 from torch.distributions import kl_divergence
-from torch.utils.data import DataLoader
 
 from bayes_lora.gates import level_weights, rank_probabilities
-from bayes_lora.inference.batches import EndlessBatches
 from bayes_lora.inference.refine import refine_guide
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
@@ -76,9 +74,8 @@ def marginals(model, guide, data, cost_of_rank=(0.0, 0.0, 0.0)):
 )
 def test_rank_and_bits_of_a_layer_have_their_exact_posterior(gates, trained):
     model, guide, data = trained(gates)
-    batches = EndlessBatches(DataLoader([0], collate_fn=lambda _: dict(data)))
     terms = []
-    refine_guide(model, guide, batches, iterations=120, on_iteration=terms.append)
+    refine_guide(model, guide, [data], passes=480, on_iteration=terms.append)
     rank, bits = guide.open_probabilities()
     found = rank_probabilities(rank)[0], *level_weights(bits)[0]
     exact = marginals(model, guide, data)
@@ -101,8 +98,7 @@ def test_a_component_has_to_earn_the_divergence_of_its_weights_at_its_temperatur
     each = kl_divergence(posterior.base_dist, prior.base_dist).detach()
     each = torch.zeros(2).index_add(0, guide.component, each)
     cost = temperature * torch.tensor([0.0, each[0], each.sum()])
-    batches = EndlessBatches(DataLoader([0], collate_fn=lambda _: dict(data)))
-    refine_guide(model, guide, batches, iterations=120)
+    refine_guide(model, guide, [data], passes=480)
     found = rank_probabilities(guide.open_probabilities().rank_gate)[0]
     exact, free = marginals(model, guide, data, cost)[0], marginals(model, guide, data)[0]
     assert 0.5 * float((found - exact).abs().sum()) <= 0.03
@@ -116,8 +112,7 @@ def test_weights_are_held_and_the_mode_is_given_back(trained):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loc = guide.loc.detach().clone()
-    batches = EndlessBatches(DataLoader([0], collate_fn=lambda _: dict(data)))
-    refine_guide(model, guide, batches, iterations=2, draws=2)
+    refine_guide(model, guide, [data], passes=4, draws=2)
     assert model.training
     assert torch.equal(guide.loc, loc)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
