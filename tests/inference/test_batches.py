@@ -1,5 +1,7 @@
 """Batches."""
 
+from itertools import chain
+
 import torch
 from datasets import Dataset
 
@@ -20,9 +22,9 @@ def test_fixed_batches_hold_everything_and_are_the_same_in_every_pass():
     passes = [[batch["row"].tolist() for batch in loader] for _ in range(2)]
     assert passes[0] == passes[1]
     assert len(loader) == len(passes[0]) == 4
-    assert sorted(sum(passes[0], [])) == list(range(len(LENGTHS)))
+    assert sorted(chain(*passes[0])) == list(range(len(LENGTHS)))
     lengths = [sorted(LENGTHS[row] for row in rows) for rows in passes[0]]
-    assert sorted(sum(sorted(lengths), [])) == sum(sorted(lengths), [])  # like to like
+    assert list(chain(*sorted(lengths))) == sorted(LENGTHS)  # like to like
     assert lengths != sorted(lengths)  # but not the shortest first
     other = [batch["row"].tolist() for batch in fixed_batches(data, collate, 3, seed=6)]
     assert other != passes[0]
