@@ -13,7 +13,7 @@ import numpy as np
 from bayes_lora.errors import InputError
 from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.bundle import InferenceData, read_bundle
-from bayes_lora.inference.cli import report_errors
+from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.diagnosis import MASS, diagnose
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.report import report
@@ -56,18 +56,29 @@ def text(found: dict[str, Any]) -> str:
             f"{layer}: rank 0 with probability {why['probability']:.2f}; log odds of any rank "
             f"{prior:+.1f} a priori, {posterior:+.1f} a posteriori: {cause}"
         )
-    lines.append(f"Rank and bits: mean, {MASS:.0%} highest-density interval, prior mean")
-    for layer, parts in found["layers"].items():
+    if table := _table(found["layers"]):
+        lines += [
+            "",
+            f"Rank and bits: mean, {MASS:.0%} highest-density interval, prior mean",
+            *table,
+        ]
+    return "\n".join(lines)
+
+
+def _table(layers: dict[str, Any]) -> list[str]:
+    """One line a layer that has gates, in columns."""
+    rows = []
+    for layer, parts in layers.items():
         cells = {"rank": parts["rank"]} if "rank" in parts else {}
         cells |= parts.get("bits", {})
-        lines.append(
-            f"{layer}  "
-            + "  ".join(
-                f"{n} {c['mean']:.1f} [{c['hdi'][0]}, {c['hdi'][1]}] ({c['prior_mean']:.1f})"
-                for n, c in cells.items()
-            )
-        )
-    return "\n".join(lines)
+        row = [
+            f"{n} {c['mean']:.1f} [{c['hdi'][0]}, {c['hdi'][1]}] ({c['prior_mean']:.1f})"
+            for n, c in cells.items()
+        ]
+        if row:
+            rows.append([layer, *row])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def load(run: str) -> InferenceData:
@@ -104,12 +115,14 @@ def load(run: str) -> InferenceData:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Diagnose the runs that the command line names; write diagnosis.json and report.html."""
-    folders = list(sys.argv[1:] if arguments is None else arguments)
-    if not folders or folders[0] in ("-h", "--help"):
-        print("usage: bayes-lora diagnose RUN [RUN ...]   (folders written by finetune)")
-        if not folders:
-            raise InputError("name a run")
-        return
+    parser = Parser(
+        prog="bayes-lora diagnose",
+        description="How sure the posterior of a run is, and whether to believe it: as text, in "
+        "diagnosis.json and report.html in its folder. Several runs are compared as well.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", nargs="+", help="output folder of bayes-lora finetune")
+    folders = parser.parse_args(arguments).run
     bundles = {folder: load(folder) for folder in folders}
     for folder, bundle in bundles.items():
         found = diagnose(bundle)

@@ -25,6 +25,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem au
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
 img {{ max-width: 100%; height: auto; display: block }}
 pre {{ background: #f6f6f4; padding: 0.8rem 1rem; overflow-x: auto; font-size: 12px }}
+pre.prose {{ white-space: pre-wrap }}
 figcaption, p.note {{ color: #555; font-size: 13px; max-width: 46rem }}
 figure {{ margin: 0 0 1rem 0 }}
 </style>
@@ -54,7 +55,7 @@ def report(
     bundle : InferenceData
         Of the run.
     diagnosis : str
-        As text.
+        As text: prose, then perhaps an empty line and a table.
     others : mapping of str to InferenceData
         Runs to compare with, by name.
 
@@ -63,7 +64,10 @@ def report(
     str
         HTML; pictures are inside.
     """
-    parts = [f"<pre>{html.escape(diagnosis)}</pre>"]
+    prose, _, table = html.escape(diagnosis).partition("\n\n")
+    parts = [f'<pre class="prose">{prose}</pre>']
+    if table:
+        parts.append(f"<pre>{table}</pre>")
     for title, plot in PLOTS.items():
         try:
             figure = plot(bundle)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -65,6 +66,24 @@ def trained_state(model: BayesianLoRA) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def fill(module: Module, state: Mapping[str, Tensor]) -> None:
+    """Put every tensor in its place.
+
+    Raises
+    ------
+    ValueError
+        If one has no place of its name and shape, or a trained parameter no tensor; it is named.
+    """
+    known: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    lost = [n for n, p in module.named_parameters() if p.requires_grad and n not in state]
+    wrong = [n for n, t in state.items() if n not in known or known[n].shape != t.shape]
+    if found := lost + wrong:
+        raise ValueError(found[0])
+    for name, tensor in state.items():
+        known[name].copy_(tensor)
+
+
 def tensors(training: Training) -> dict[str, Tensor]:
     """The tensors of a state, by name."""
     found = {f"model.{name}": tensor for name, tensor in trained_state(training.model).items()}
@@ -110,15 +129,11 @@ def restore(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[
     """
     for part in ("model", "guide"):
         module = getattr(training, part)
-        known = dict(module.named_parameters()) | dict(module.named_buffers())
         state = _under(f"{part}.", tensors)
         wanted = trained_state(module) if part == "model" else module.state_dict()
         if set(wanted) != set(state):
             raise KeyError(f"{part} has other parameters")
-        for name, tensor in state.items():
-            if known[name].shape != tensor.shape:
-                raise ValueError(f"{part}.{name} has another shape")
-            known[name].copy_(tensor)
+        fill(module, state)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("optimizer.", tensors).items():
         index, kind = name.split(".")

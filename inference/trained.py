@@ -29,6 +29,7 @@ from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.decision import read_decision
 from bayes_lora.inference.files import restarts, write_text
 from bayes_lora.inference.options import data_seed
+from bayes_lora.inference.state import fill
 from bayes_lora.inference.tasks import Task
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification, Regression
@@ -90,8 +91,8 @@ def read_run(folder: Path) -> Trained:
         model, guide = assemble(
             config, backbone, likelihood, configured_priors(config), num_examples
         )
-        _fill(guide, _tensors(folder / "guide.safetensors"), "guide.safetensors")
-        _fill(model, _tensors(folder / "head.safetensors"), "head.safetensors")
+        _fill(guide, folder / "guide.safetensors")
+        _fill(model, folder / "head.safetensors")
     gates = read_decision(folder / "decision.json", model.network)
     return Trained(folder, config, task, backbone.tokenizer, model.eval(), guide, gates)
 
@@ -161,17 +162,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"cannot read {path} ({error}): train again") from error
 
 
-@torch.no_grad()
-def _fill(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+def _fill(module: torch.nn.Module, path: Path) -> None:
     """Put every saved tensor in its place; all that is trained must be there."""
-    known: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
-    lost = [n for n, p in module.named_parameters() if p.requires_grad and n not in state]
-    wrong = [n for n, t in state.items() if n not in known or known[n].shape != t.shape]
-    if found := lost + wrong:
+    state = _tensors(path)
+    try:
+        fill(module, state)
+    except ValueError as error:
         raise InputError(
-            f"{name} does not go with the backbone and the configuration of this run: {found[0]}"
-        )
-    for parameter, tensor in state.items():
-        known[parameter].copy_(tensor)
-        if isinstance(known[parameter], torch.nn.Parameter):
-            known[parameter].requires_grad_(True)  # whatever was saved was trained
+            f"{path.name} does not go with the backbone and the configuration of this run: {error}"
+        ) from error
+    for name, parameter in module.named_parameters():
+        if name in state:
+            parameter.requires_grad_(True)  # whatever was saved was trained

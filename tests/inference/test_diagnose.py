@@ -113,7 +113,9 @@ def test_the_command_writes_text_json_and_a_report_of_its_own(made_bundle, tmp_p
     folders = [str(tmp_path / name) for name in ("first", "second", "lora")]
     assert main(["diagnose", *folders]) == 0
     printed = capsys.readouterr().out
-    assert "0.attention.self.query  rank 1.1 [0, 3]" in printed
+    query = next(line for line in printed.splitlines() if "0.attention.self.query" in line)
+    assert "  rank 1.1 [0, 3] " in query
+    assert printed.count("Rank and bits") == 2  # lora has none
     assert "rank 0 with probability 0.90" in printed
     assert "the data speak against it" in printed
     found = json.loads((tmp_path / "first" / "diagnosis.json").read_text())
@@ -138,6 +140,8 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 2
     assert "is no whole bundle of this version" in capsys.readouterr().err
     assert main(["diagnose"]) == 2
+    assert main(["diagnose", str(tmp_path), "--format"]) == 2
+    assert "unrecognized arguments: --format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["group", "attribute", "log_p", "predictions", "structure"])

@@ -1,0 +1,111 @@
+"""A training that was stopped goes on, and ends as if it had not been."""
+
+import shutil
+import signal
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from bayes_lora.inference import cells, checkpoint
+from bayes_lora.inference.checkpoint import found
+from bayes_lora.inference.cli import main
+
+CASES = {
+    "qr": ({}, (1, 3, 5, 8)),
+    "by length": ({"train_sampling_strategy": "group_by_length"}, (4,)),
+    "refined": ({"method": "r", "refine_epochs": 1}, (6,)),
+    "normal": ({"method": "lora", "weight_posterior": "normal"}, (2,)),
+    "budget": ({"target_bops": 0.5}, (5,)),
+    "nothing settles": ({"joint_share": 0.55}, (3, 7)),
+}
+"""Options, and after which checkpoint the run is killed; the last one is that of all steps."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_equals_one_that_was_not_stopped(command, tmp_path, case, killed_after, same):
+    changes, counts = CASES[case]
+    changes |= {"save_steps": 5}
+    assert command(**changes, output_dir=tmp_path / "whole")[0] == 0
+    for count in counts:
+        with killed_after(count):
+            command(**changes)
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == min(
+            count, 3
+        )  # not rotated yet
+        history = (tmp_path / "run" / "history.csv").read_text()
+        (tmp_path / "run" / "history.csv").write_text(history + "7,joint,1.0,0.6")  # torn
+        code, _, err = command(**changes, resume="")
+        assert code == 0, err
+        same(tmp_path / "run", tmp_path / "whole")
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_resume_begins_what_has_not_begun_and_leaves_what_is_finished(command, tmp_path):
+    assert command(resume="")[0] == 0
+    before = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
+    code, out, err = command(resume="")
+    assert code == 0
+    assert "is finished already" in err
+    assert "score" in out
+    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_resume_does_not_replace_what_it_cannot_go_on_with(command, tmp_path, killed_after):
+    with killed_after(2):
+        command(restarts=2)
+    code, _, err = command(resume="")  # without --restarts
+    assert code == 2
+    assert "already holds a run (restart-0)" in err
+    assert found(tmp_path / "run" / "restart-0" / "checkpoints")
+
+
+def test_a_run_goes_on_by_its_own_configuration(stopped, whole, same):
+    run = stopped()
+    words = ["--config", str(run / "config.yaml"), "--output_dir", str(run), "--resume"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["finetune", *words]) == 0
+    same(run, whole)
+
+
+def test_restarts_go_on_with_the_one_that_was_stopped(command, tmp_path, killed_after, same):
+    assert command(restarts=2, output_dir=tmp_path / "whole")[0] == 0
+    with killed_after(5):  # the first has four
+        command(restarts=2)
+    assert command(restarts=2, resume="")[0] == 0
+    for k in range(2):
+        same(tmp_path / "run" / f"restart-{k}", tmp_path / "whole" / f"restart-{k}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_says_so(
+    command, whole, tmp_path, monkeypatch, number, same
+):
+    due = checkpoint.Keeper.due
+
+    def interrupted(keeper, step):
+        if step == 13:
+            signal.raise_signal(number)
+        return due(keeper, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Keeper, "due", interrupted)
+        code, _, err = command()
+    assert code == 128 + number
+    assert f"by {number.name}" in err
+    assert "--resume" in err
+    assert found(tmp_path / "run" / "checkpoints")[-1].name == "step-14"  # that under way
+    assert command(resume="")[0] == 0
+    same(tmp_path / "run", whole)
+
+
+def test_a_cell_of_a_comparison_goes_on(small_run, few_draws, tmp_path, killed_after, same):
+    small = small_run | {"rank": 3, "batch_size": 20, "draws": 2}
+    words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    cells.train_cell("r", words, tmp_path / "whole")
+    with killed_after(2):
+        cells.train_cell("r", words, tmp_path / "cell")
+    before = (tmp_path / "cell" / "config.yaml").stat().st_mtime_ns
+    cells.train_cell("r", words, tmp_path / "cell")
+    assert (tmp_path / "cell" / "config.yaml").stat().st_mtime_ns == before  # not begun anew
+    same(tmp_path / "cell", tmp_path / "whole")
