@@ -4,7 +4,21 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something given from outside is wrong; the message says what to do (exit code 2)."""
+    r"""Something given from outside is wrong; the message says what to do (exit code 2).
+
+    Parameters
+    ----------
+    message : str
+        One line; a control character that came from outside is shown escaped.
+
+    Examples
+    --------
+    >>> print(InputError("unknown option \x1b[31m"))
+    unknown option \x1b[31m
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class NumericalError(ArithmeticError):
