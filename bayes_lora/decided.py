@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 from bayes_lora.gates import level_weights
 from bayes_lora.layers import TENSORS, AdaptedLinear, LayerLatents
 from bayes_lora.network import AdaptedNetwork, Latents
-from bayes_lora.quantization import gaussian_limits, quantize
+from bayes_lora.quantization import quantize
+from bayes_lora.ranges import gaussian_limits
 
 UNQUANTIZED = 32
 

@@ -22,13 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bayes_lora.gates import level_bits
-from bayes_lora.quantization import (
-    Mixture,
-    gaussian_limits,
-    largest_value,
-    quantize_mixture,
-    searched_limits,
-)
+from bayes_lora.quantization import Mixture, quantize_mixture
+from bayes_lora.ranges import gaussian_limits, largest_value, searched_limits
+from bayes_lora.row_sample import linear_of_mixture
 
 TENSORS = ("weight", "A", "e", "B", "input", "hidden")
 """The tensors of an adapted layer that can be quantized, in the order of `bit_gate`."""
@@ -52,6 +48,9 @@ class LayerLatents:
         Weights g of the components, shape (R,); None leaves all components on.
     mixtures : mapping of str to Mixture
         How each tensor of `TENSORS` is quantized; a tensor that is absent is not.
+    exact : bool
+        Sum the gradient of level weights over all tokens. Otherwise that of `weight`, `input` and
+        `hidden` is estimated from some of them, without bias (`row_sample`).
     """
 
     lora_A: Tensor
@@ -59,6 +58,7 @@ class LayerLatents:
     lora_B: Tensor
     component_weights: Tensor | None = None
     mixtures: Mapping[str, Mixture] = field(default_factory=dict)
+    exact: bool = False
 
 
 class AdaptedLinear(nn.Module):
@@ -139,7 +139,7 @@ class AdaptedLinear(nn.Module):
         if mixtures and not self.calibrated:
             raise RuntimeError("quantizers have no ranges yet: call the network's calibrate first")
         if "input" in mixtures:
-            x = quantize_mixture(x, self.input_limits, mixtures["input"])
+            x = quantize_mixture(x, self.input_limits, mixtures["input"], not latents.exact)
         if "weight" in mixtures:
             weight = quantize_mixture(weight, self.weight_limits, mixtures["weight"])
         if "A" in mixtures:
@@ -150,11 +150,14 @@ class AdaptedLinear(nn.Module):
             B = quantize_mixture(B, gaussian_limits(B, (0,), self.bits), mixtures["B"])
         hidden = linear(x, A)
         if "hidden" in mixtures:
-            hidden = quantize_mixture(hidden, self.hidden_limits, mixtures["hidden"])
+            hidden = quantize_mixture(
+                hidden, self.hidden_limits, mixtures["hidden"], not latents.exact
+            )
         gain = self.scaling * e
         if latents.component_weights is not None:
             gain = gain * latents.component_weights
-        return linear(x, weight, self.base.bias) + linear(hidden * gain, B)
+        map_frozen = linear if latents.exact else linear_of_mixture
+        return map_frozen(x, weight, self.base.bias) + linear(hidden * gain, B)
 
     @torch.no_grad()
     def calibrate(self, inputs: Tensor, lora_A: Tensor) -> None:

@@ -42,7 +42,8 @@ class Latents:
     bit_gate : Tensor or None
         Shape (L, T, K), in [0, 1]; None quantizes nothing.
     every_level : bool
-        Differentiate in bit gates at 0 and 1 too, where hard concrete draws have no gradient.
+        Differentiate in bit gates at 0 and 1 too, where hard concrete draws have no gradient, and
+        exactly: not from a sample of the tokens.
     """
 
     adapter_weights: Tensor
@@ -185,7 +186,7 @@ class AdaptedNetwork(nn.Module):
             _check_shape("bit_gate", latents.bit_gate, self.bit_gate_shape)
             mixtures = self._mixtures(latents.bit_gate, latents.every_level)
         return [
-            LayerLatents(*f, component_weights=w, mixtures=m)
+            LayerLatents(*f, component_weights=w, mixtures=m, exact=latents.every_level)
             for f, w, m in zip(factors, weights, mixtures, strict=True)
         ]
 

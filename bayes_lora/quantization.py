@@ -10,9 +10,7 @@ which every finer grid of the same range contains. The gates of a tensor mix its
 
 with the level weights pi of `bayes_lora.gates.level_weights`. With one range for all levels
 this equals, exactly, the residual recursion x2 + z4 (e4 + z8 (e8 + ...)) of Bayesian Bits; the
-mixture also allows every level a range of its own, and a coarse grid wants a smaller one (on
-activations of a pretrained encoder, with outliers 10 to 90 times the root mean square, the
-range of least squared error has 3 to 6 times less error at 4 bits than the largest value).
+mixture also allows every level a range of its own (`ranges`).
 
 A level of weight zero need not be computed, in value or gradient: hard concrete gates reach 0
 and 1 exactly, with zero gradient there. The gradient in x is straight through inside each
@@ -23,15 +21,12 @@ Source: van Baalen et al., "Bayesian Bits", arXiv 2005.07093.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-GAUSSIAN_RANGE = {2: 1.84, 4: 2.65, 8: 3.93}
-"""Range of least squared error of `quantize` for a standard normal variable, by bits."""
-
+from bayes_lora.row_sample import number_drawn, sample_rows
 
 _EDGE = 1.0 + 1e-6
 
@@ -85,11 +80,20 @@ def quantize(x: Tensor, limit: Tensor, bits: int) -> Tensor:
     """
     if bits >= 32:
         return x.clone()
-    # half precision has neither the integers of a 16-bit grid nor its small steps
-    wide = x if x.dtype == torch.float64 else x.float()
+    codes, step = _codes(_wide(x), limit, bits)
+    return codes.mul_(step).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision has neither the integers of a 16-bit grid nor its small steps."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _codes(wide: Tensor, limit: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers of the grid points next to the values, and the step between two points."""
     step = limit.to(wide.dtype) * (2 / (2**bits - 1))
     largest = largest_integer(bits)
-    return (wide / step).round_().clamp_(-largest, largest).mul_(step).to(x.dtype)
+    return (wide / step).round_().clamp_(-largest, largest), step
 
 
 class _Mixed(torch.autograd.Function):
@@ -103,45 +107,55 @@ class _Mixed(torch.autograd.Function):
         limits: Tensor,
         active: tuple[int, ...],
         differentiated: tuple[int, ...],
+        estimated: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weights, limits)
-        ctx.active, ctx.differentiated = active, differentiated
+        ctx.active, ctx.differentiated, ctx.estimated = active, differentiated, estimated
         if len(active) == 1:
             return quantize(x, limits[active[0]], 2 ** (active[0] + 1))
-        total = torch.zeros_like(x)
+        wide = _wide(x)
+        total = torch.zeros_like(wide)
         for level in active:
-            total += quantize(x, limits[level], 2 ** (level + 1)).mul_(weights[level])
-        return total
+            codes, step = _codes(wide, limits[level], 2 ** (level + 1))
+            total.addcmul_(codes, step * weights[level].to(step.dtype))
+        return total.to(x.dtype)
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
         *gradients: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (gradient,) = gradients
         x, weights, limits = ctx.saved_tensors
         x_gradient = weights_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = torch.zeros_like(gradient) if len(ctx.active) > 1 else None
             for level in ctx.active:
                 # one fused pass: the gradient where |x| <= limit, and the largest value, whose
                 # ratio is 1 but for rounding, must be inside or it could never move
                 inside = torch.ops.aten.hardtanh_backward(
                     gradient, x / limits[level].to(x.dtype), -_EDGE, _EDGE
                 )
-                if x_gradient is None:
+                if len(ctx.active) == 1:
                     x_gradient = inside
+                elif x_gradient is None:
+                    x_gradient = inside.mul_(weights[level])
                 else:
-                    x_gradient += inside.mul_(weights[level])
+                    x_gradient.addcmul_(inside, weights[level].to(inside.dtype))
         if ctx.needs_input_grad[1]:
             weights_gradient = torch.zeros_like(weights)
+            if ctx.estimated:
+                chosen, gradient = sample_rows(gradient.flatten(0, -2))
+                x = x.flatten(0, -2)[chosen]
+            wide, flat = _wide(x), _wide(gradient).flatten()
             for level in ctx.differentiated:
-                value = quantize(x, limits[level], 2 ** (level + 1))
-                weights_gradient[level] = (gradient * value).sum()
-        return x_gradient, weights_gradient, None, None, None
+                codes, step = _codes(wide, limits[level], 2 ** (level + 1))
+                weights_gradient[level] = torch.dot(codes.mul_(step).flatten(), flat)
+        return x_gradient, weights_gradient, None, None, None, None
 
 
-def quantize_mixture(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
+def quantize_mixture(
+    x: Tensor, limits: Tensor, mixture: Mixture, estimated: bool = False
+) -> Tensor:
     """Quantize to a mixture of levels, with a gradient in `x` and in the level weights.
 
     Parameters
@@ -154,6 +168,9 @@ def quantize_mixture(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
     mixture : Mixture
         Level weights, and the indices of those > 0. With one active level nothing is
         differentiated with respect to the weights, so a frozen `x` costs no backward pass.
+    estimated : bool
+        Estimate the gradient of the level weights from a sample of rows (`row_sample`), if there
+        are many; the range must be one for all.
 
     Returns
     -------
@@ -172,106 +189,6 @@ def quantize_mixture(x: Tensor, limits: Tensor, mixture: Mixture) -> Tensor:
         differentiated = active if len(active) > 1 else ()
     if not differentiated:
         weights = weights.detach()
-    return _Mixed.apply(x, weights, limits, active, differentiated)
-
-
-def largest_value(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """Largest absolute value over `dims` (kept, of size one), never zero.
-
-    Examples
-    --------
-    >>> import torch
-    >>> largest_value(torch.tensor([[1.0, -3.0], [0.5, 0.25]]), (1,))
-    tensor([[3.0000],
-            [0.5000]])
-    """
-    return x.abs().amax(tuple(dims), keepdim=True).clamp_min(1e-8)
-
-
-def covering_share(bits: int) -> float:
-    """Range of the grid whose topmost point is 1: (2^bits - 1) / (2^bits - 2).
-
-    Examples
-    --------
-    >>> covering_share(2)
-    1.5
-    """
-    return (2**bits - 1) / (2**bits - 2)
-
-
-@torch.no_grad()
-def searched_limits(
-    x: Tensor, dims: Sequence[int], bits: Sequence[int], largest: Tensor | None = None
-) -> Tensor:
-    """Range of least squared error for every level, by search over shares of the largest value.
-
-    The shares are 21 points from 1 down to 1/32 in equal ratios, and the one with which the
-    largest value is the topmost grid point: so values that lie on a grid of b bits are kept.
-
-    Parameters
-    ----------
-    x : Tensor
-        Values that the range is chosen for: a frozen weight, or a sample of activations.
-    dims : sequence of int
-        Dimensions that share one range.
-    bits : sequence of int
-        The levels.
-    largest : Tensor, optional
-        Largest absolute value, size one along `dims`, where `x` is only a sample; default: that
-        of `x`.
-
-    Returns
-    -------
-    Tensor
-        Ranges, shape (len(bits), ...) with size one along `dims`. From 16 bits on there is room
-        for twice the largest value, as that of a sample is no bound.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    >>> 2.4 < float(searched_limits(x, (0,), (4,))) < 2.9
-    True
-    """
-    if largest is None:
-        largest = largest_value(x, dims)
-    limits = []
-    for b in bits:
-        best, least = 2 * largest, torch.full_like(largest, torch.inf)
-        shares = [covering_share(b), *torch.logspace(0, -5, 21, base=2).tolist()]
-        for share in shares if b < 16 else []:
-            error = (quantize(x, share * largest, b) - x).square_().mean(tuple(dims), keepdim=True)
-            best = torch.where(error < least, share * largest, best)
-            least = torch.minimum(error, least)
-        limits.append(best)
-    return torch.stack(limits)
-
-
-@torch.no_grad()
-def gaussian_limits(x: Tensor, dims: Sequence[int], bits: Sequence[int]) -> Tensor:
-    """Range of every level for values that change with every step, as if they were normal.
-
-    Parameters
-    ----------
-    x : Tensor
-        Values that are about to be quantized: adapter weights.
-    dims : sequence of int
-        Dimensions that share one range.
-    bits : sequence of int
-        The levels.
-
-    Returns
-    -------
-    Tensor
-        `GAUSSIAN_RANGE` times root mean square, or the range whose topmost grid point is the
-        largest value, if that is smaller or the grid has 16 bits. Shape (len(bits), ...) with
-        size one along `dims`.
-    """
-    largest = largest_value(x, dims)
-    rms = x.square().mean(tuple(dims), keepdim=True).sqrt()
-    limits = []
-    for b in bits:
-        covering = covering_share(b) * largest
-        normal = GAUSSIAN_RANGE[b] * rms if b in GAUSSIAN_RANGE else covering
-        limits.append(torch.minimum(covering, normal))
-    return torch.stack(limits).clamp_min(1e-8)
+    rows = x.numel() // x.shape[-1] if estimated else 0
+    few = number_drawn(rows) == rows
+    return _Mixed.apply(x, weights, limits, active, differentiated, not few)

@@ -28,7 +28,8 @@ from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork, Latents
-from bayes_lora.quantization import quantize, searched_limits
+from bayes_lora.quantization import quantize
+from bayes_lora.ranges import searched_limits
 
 EXAMPLES, BLOCKS, OUTPUTS = 300, 2, 16
 NOISES = (0.03, 0.3, 3.0)

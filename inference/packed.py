@@ -25,7 +25,7 @@ from bayes_lora.decided import UNQUANTIZED, DecidedLinear, Grid
 from bayes_lora.inference.files import write_tensors
 from bayes_lora.layers import TENSORS
 from bayes_lora.packing import pack, packed_size, unpack
-from bayes_lora.quantization import searched_limits
+from bayes_lora.ranges import searched_limits
 
 STORED = ("weight", "A", "e", "B")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bayes_lora.packing import pack, packed_size, unpack
-from bayes_lora.quantization import quantize, searched_limits
+from bayes_lora.quantization import quantize
+from bayes_lora.ranges import searched_limits
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])

@@ -13,7 +13,8 @@ from bayes_lora.distributions import HardConcrete
 from bayes_lora.gates import independent, level_bits, level_weights, nested, rank_probabilities
 from bayes_lora.network import AdaptedNetwork
 from bayes_lora.packing import pack, packed_size, unpack
-from bayes_lora.quantization import Mixture, largest_value, quantize, quantize_mixture
+from bayes_lora.quantization import Mixture, quantize, quantize_mixture
+from bayes_lora.ranges import largest_value
 
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("quick")
