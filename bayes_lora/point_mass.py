@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
@@ -36,3 +38,7 @@ class PointMass(dist.Delta):
         """Return the parts an ELBO uses; the entropy term is the log density, a tensor."""
         log_prob = self.log_prob(x, *args, **kwargs)
         return ScoreParts(log_prob, score_function=0, entropy_term=log_prob)  # type: ignore[arg-type]
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Return the point, detached: it is a parameter, which a draw is not."""
+        return self.rsample(torch.Size(sample_shape)).detach()

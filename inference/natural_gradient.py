@@ -41,7 +41,9 @@ from bayes_lora.errors import NumericalError
 from bayes_lora.gates import GateStructure, nested, reach
 from bayes_lora.inference.slopes import Slopes
 
-MIDPOINTS = 0.5  # share of the rows in which one gate is at 1/2, in the draws that have such
+MIDPOINTS = 0.1  # share of the rows in which one gate is at 1/2, in the draws that have such: few,
+# for what a gate at 1/2 tells is told beside the others at 1/2, where the guide has none
+WINDOW = 0.25  # share of the draws that means look back on
 MAX_STEP = 3.0  # nats that a logit moves at most in one iteration
 
 
@@ -127,9 +129,10 @@ def ascend(
     NumericalError
         If the log likelihood or its gradient is not finite.
     """
-    window = iterations * draws / parts / 4
-    slopes = [Slopes(gates.logits, parts, window) for gates in sets]
-    whole = draws - max(1, draws // 4) if any(gates.bends for gates in sets) else draws
+    whole = draws // 2 if any(gates.bends for gates in sets) else draws
+    visits = WINDOW * iterations / parts
+    windows = visits * whole, visits * (draws - whole)
+    slopes = [Slopes(gates.logits, parts, windows) for gates in sets]
     for iteration in range(iterations):
         drawn, middle = zip(*(gates.draw(draws, whole, generator) for gates in sets), strict=True)
         points = [z.lerp(torch.full_like(z, 0.5), m) for z, m in zip(drawn, middle, strict=True)]

@@ -36,13 +36,14 @@ class Slopes:
         Of the gates' shape.
     parts : int
         Parts of the data set, P.
-    window : float
-        Draws of a part that its means look back on, at least 2.
+    windows : pair of float
+        Draws of a part that its means look back on, of those that are whole and of the others.
     """
 
-    def __init__(self, like: Tensor, parts: int, window: float) -> None:
-        self.window = max(2.0, window)  # so that what is seen once is never forgotten
-        self.visits = [0] * parts
+    def __init__(self, like: Tensor, parts: int, windows: tuple[float, float]) -> None:
+        self.parts = parts
+        self.windows = [max(2.0, window) for window in windows]  # what is seen once is kept
+        self.visits = torch.zeros(2, parts, dtype=torch.long)
         # whole draws or not; at 0, 1/2 or 1; part; gate
         self.sums, self.counts = (like.new_zeros(2, 3, parts, *like.shape) for _ in range(2))
 
@@ -54,12 +55,12 @@ class Slopes:
 
         Without `whole`, those in `middle` were at 1/2.
         """
-        self.visits[part] += 1
-        rate = max(1 / self.visits[part], 1 / self.window)
+        kind = 0 if whole else 1
+        self.visits[kind, part] += 1
+        rate = max(1 / int(self.visits[kind, part]), 1 / self.windows[kind])
         # beside a gate at 1/2 the others of its row are not a draw
         reached = reached * (1 - middle.amax(-1, keepdim=True))
         here = torch.stack([reached * (1 - gates), middle, reached * gates])
-        kind = 0 if whole else 1
         self.sums[kind, :, part].lerp_(here * gradient, rate)
         self.counts[kind, :, part].lerp_(here, rate)
 
@@ -71,12 +72,12 @@ class Slopes:
         means = self.sums / self.counts.clamp_min(1e-12)
         seen = self.counts > 0
         whole, known, bent = _trapezoid(means[0], seen[0])
-        total = _mean(whole, known) * len(self.visits)
+        total = _mean(whole, known) * self.parts
         beside, known, bent_beside = _trapezoid(means[1], seen[1])
         # the line through one end and the middle has its mean in the middle
         share = torch.where(bent & bent_beside, 2 / 3, (~bent & ~bent_beside).to(total))
         pairs = known & seen[1, 1]
-        return total + share * _shrunk(means[1, 1] - beside, pairs) * len(self.visits)
+        return total + share * _shrunk(means[1, 1] - beside, pairs) * self.parts
 
 
 def _trapezoid(means: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch.nn.functional import softplus
 
 from bayes_lora.errors import NumericalError
 from bayes_lora.gates import independent, nested, rank_probabilities
-from bayes_lora.inference.natural_gradient import GateSet, ascend, divergence
+from bayes_lora.inference.natural_gradient import MIDPOINTS, GateSet, ascend, divergence
 
 STRONG, WEAK, SPREAD = [1.0, 1, 1, 0, 0, 0], [0.6, 0.4, 0.3, 0.2, 0.1, 0.05], [0.3] * 6
 
@@ -105,16 +105,36 @@ def test_simpsons_rule_where_the_likelihood_bends():
 def test_other_rows_at_half_do_not_bias_a_row():
     """Log likelihood 10 z1 z2 with z2 open for sure: the exact logit of z1 is its prior's + 10.
 
-    The middle of z1 is seen some 50 times in the window of 100 iterations, and its ends as often,
-    each with z2 at 1/2 or 1: a slope of 5 or 10.
+    In 200 draws, the window, z1 is at 1/2 some 20 times and else at an end, each with z2 at 1/2 in
+    one of ten: a slope of 10 or 5.
     """
     gates = GateSet(torch.zeros(2, 1, dtype=torch.double), torch.tensor([[-9.0], [20.0]]).double())
     generator = torch.Generator().manual_seed(0)
     ascend(
         lambda z: 10 * z[0, 0] * z[1, 0], lambda p: None, [gates], 400, generator=generator
     )  # fmt: skip
-    error = 2 / 3 * 2.5 * (1 / 50 + 1 / 50) ** 0.5
+    assert MIDPOINTS == 0.1
+    error = 2 / 3 * 5 * (0.1 * 0.9) ** 0.5 * (1 / 20 + 1 / 180) ** 0.5
     assert gates.logits[0, 0] == pytest.approx(1.0, abs=4 * error)
+
+
+def test_what_a_bend_depends_on_biases_it_by_no_more_than_the_share_of_rows_at_half():
+    """Log likelihood 4 b (3 a^2 - 2 a^3) - 8 b: the slope in a bends by 6 b at a = 1/2.
+
+    Where the guide has b closed, it is at 1/2 in a share of the draws that tell how a bends.
+    """
+    found = []
+    for seed in range(6):
+        gates = GateSet(torch.full((2, 1), 4.0).double(), torch.zeros(2, 1).double())
+        ascend(
+            lambda z: 4 * z[1, 0] * (3 * z[0, 0] ** 2 - 2 * z[0, 0] ** 3) - 8 * z[1, 0],
+            lambda p: None, [gates], 600, generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        found.append(gates.logits[0, 0])
+    exact = 4 * torch.tensor(4 * 0.5 - 8.0).sigmoid()  # at a about 1/2, as it turns out
+    bias = 2 / 3 * MIDPOINTS * 6 * 0.5
+    error = torch.stack(found).std() / 6**0.5
+    assert abs(torch.stack(found).mean() - exact) <= bias + 4 * error
 
 
 def test_few_iterations_do_not_overshoot():

@@ -20,7 +20,7 @@ def take_in(slopes, part, gates, gradient, middle=(0.0, 0.0), whole=True):
 
 
 def test_after_one_pass_the_whole_data_set_is_summed_whatever_the_gates_were():
-    slopes = Slopes(torch.zeros(2).double(), PARTS, window=1)
+    slopes = Slopes(torch.zeros(2).double(), PARTS, (1, 1))
     for part in range(PARTS):
         take_in(slopes, part, [part % 2, 1], [10.0**part, 3.0])
     # two parts saw the first gate closed, three open, and none both: no difference is told
@@ -28,14 +28,14 @@ def test_after_one_pass_the_whole_data_set_is_summed_whatever_the_gates_were():
 
 
 def test_before_it_the_parts_that_were_seen_stand_for_all():
-    slopes = Slopes(torch.zeros(2).double(), PARTS, window=1)
+    slopes = Slopes(torch.zeros(2).double(), PARTS, (1, 1))
     for part, gradient in ((0, 1.0), (3, 5.0)):
         take_in(slopes, part, [1, 1], [gradient, 0.0])
     assert slopes.integrals().tolist() == [15.0, 0.0]
 
 
 def test_an_end_not_seen_follows_from_parts_that_saw_both_shrunk_as_they_are_few():
-    slopes = Slopes(torch.zeros(2).double(), PARTS, window=1)
+    slopes = Slopes(torch.zeros(2).double(), PARTS, (1, 1))
     ends = {0: (2.0, 5.0), 1: (3.0, 8.0)}  # differences 3 and 5
     for part in range(PARTS):
         take_in(slopes, part, [1, 1], [ends.get(part, (0.0, 7.0))[1], 1.0])
@@ -48,7 +48,7 @@ def test_an_end_not_seen_follows_from_parts_that_saw_both_shrunk_as_they_are_few
 
 def test_a_middle_seen_in_all_parts_makes_it_simpsons_rule():
     """Derivatives of z^3 times 1 to 5: at 0, 1/2 and 1 they are 0, 3/4 and 3."""
-    slopes = Slopes(torch.zeros(2).double(), PARTS, window=100)
+    slopes = Slopes(torch.zeros(2).double(), PARTS, (100, 100))
     for part in range(PARTS):
         for whole in (True, False):
             for z in (0, 1):
@@ -58,7 +58,7 @@ def test_a_middle_seen_in_all_parts_makes_it_simpsons_rule():
 
 
 def test_means_look_back_on_a_window_and_forget_nothing_for_good():
-    slopes = Slopes(torch.zeros(2).double(), 1, window=1)
+    slopes = Slopes(torch.zeros(2).double(), 1, (1, 1))
     for z, gradient in ((0, 4.0), (1, 1.0), (1, 1.0), (1, 9.0)):
         take_in(slopes, 0, [z, 1], [gradient, 0.0])
     # open: 1, 1 and 9, of weights that halve from draw to draw (the first two are a plain mean)
