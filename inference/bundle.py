@@ -13,7 +13,7 @@
                           rank_open_probability (chain, layer, component)   of the guide, exact
                           bit_open_probability (chain, layer, tensor, level)
                           rank_without_data, bit_without_data: the same, if the data said nothing
-                          log_likelihood, kl_..., energy, price, ... (chain, step), nats
+                          log_likelihood, kl_..., bops_cost, price, ... (chain, step), nats
                           elbo, objective (chain, step), nats               of `History.traces`
                           phase (step)
                           rank_trajectory (chain, recorded_step, layer)     expected rank
@@ -31,6 +31,7 @@ at the settled weights; the guide of the gates is that of the weights before the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,9 @@ def _sample_stats(
         "log_p": (["chain", "draw"], draws.log_p[None]),
         "phase": (["step"], phases),
     }
-    stats |= {name: (["chain", "step"], v[None]) for name, v in history.traces().items()}
+    traces = history.traces()
+    traces["bops_cost"] = traces.pop("energy")  # to ArviZ, energy is that of Hamiltonian dynamics
+    stats |= {name: (["chain", "step"], v[None]) for name, v in traces.items()}
     found = history.guide.open_probabilities()
     without_data = history.model.logits_without_data(found).map(torch.sigmoid)
     kinds = (
@@ -238,13 +241,9 @@ def combine(chains: Sequence[az.InferenceData]) -> az.InferenceData:
         if "chain" in parts[0].dims:
             numbered = [p.assign_coords(chain=[i]) for i, p in enumerate(parts)]
             groups[name] = xr.concat(
-                numbered,
-                dim="chain",
-                data_vars="minimal",
-                coords="minimal",
-                compat="override",
+                numbered, dim="chain", data_vars="minimal", coords="minimal", compat="override",
                 join="exact",
-            )
+            )  # fmt: skip
         else:
             groups[name] = parts[0]
     return az.InferenceData(attrs=chains[0].attrs, **groups)
@@ -285,7 +284,9 @@ def compare(runs: Mapping[str, az.InferenceData]) -> str:
             other["observed_data"]
         ):
             raise ValueError("the runs have seen other examples: they cannot be compared")
-    return str(az.compare(dict(runs)).to_string())
+    with warnings.catch_warnings():  # of single examples; the table has a column `warning`
+        warnings.simplefilter("ignore", UserWarning)
+        return str(az.compare(dict(runs)).to_string())
 
 
 def write_bundle(path: Path, found: az.InferenceData) -> None:

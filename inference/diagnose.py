@@ -12,7 +12,7 @@ import numpy as np
 
 from bayes_lora.errors import InputError
 from bayes_lora.gates import STRUCTURES
-from bayes_lora.inference.bundle import InferenceData, read_bundle
+from bayes_lora.inference.bundle import InferenceData, compare, read_bundle
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.diagnosis import MASS, diagnose
 from bayes_lora.inference.files import write_text
@@ -23,6 +23,13 @@ GROUPS = {
     "predictions_constant_data",
 }  # fmt: skip
 ATTRIBUTES = {"task", "rank_structure", "training_examples", "weight_temperature"}
+
+
+COMPARISON = (
+    "Expected log predictive density by PSIS-LOO on training examples. The weights were fitted to "
+    "these very examples and are held: a run that overfits more can look better here."
+)
+COUNTED = {"rank": "layers", "bit": "tensors"}
 
 
 def text(found: dict[str, Any]) -> str:
@@ -44,6 +51,11 @@ def text(found: dict[str, Any]) -> str:
             f"{name} gates: {gates['all']}, fixed open {gates['fixed_open']}, fixed closed "
             f"{gates['fixed_closed']}, as they would be without data {gates['unmoved']}"
         )
+        if never := gates["never_trained"]:
+            lines.append(
+                f"{name} gates: in {never} of the {COUNTED[name]} they are where training began: "
+                "they had too few steps, and agreement of restarts means nothing"
+            )
     for name, agreement in run.get("restarts", {}).items():
         lines.append(
             f"restarts, {name}: total variation {agreement['mean_distance']:.3f} (largest "
@@ -51,10 +63,14 @@ def text(found: dict[str, Any]) -> str:
         )
     for layer, why in run.get("collapsed", {}).items():
         prior, posterior = why["prior_log_odds"], why["posterior_log_odds"]
-        cause = "the data speak against it" if posterior < prior else "prior and price outweigh it"
+        margin = 2 * why["prior_log_odds_error"]
+        cause = "as in the prior, as far as its draws tell"
+        if abs(posterior - prior) > margin:
+            against = posterior < prior
+            cause = "the data speak against it" if against else "prior and price outweigh it"
         lines.append(
             f"{layer}: rank 0 with probability {why['probability']:.2f}; log odds of any rank "
-            f"{prior:+.1f} a priori, {posterior:+.1f} a posteriori: {cause}"
+            f"{prior:+.1f} ± {margin:.1f} a priori, {posterior:+.1f} a posteriori: {cause}"
         )
     if table := _table(found["layers"]):
         lines += [
@@ -90,6 +106,8 @@ def load(run: str) -> InferenceData:
         If the folder holds none, or it cannot be read.
     """
     path = Path(run) / "posterior.nc"
+    if Path(run).name == path.name:
+        raise InputError(f"name the folder of the run, {Path(run).parent}, not a file in it")
     if not path.is_file():
         raise InputError(
             f"{run} holds no posterior.nc: name a folder that bayes-lora finetune wrote"
@@ -123,12 +141,17 @@ def run(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", nargs="+", help="output folder of bayes-lora finetune")
     folders = parser.parse_args(arguments).run
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise InputError("a run is named twice")
     bundles = {folder: load(folder) for folder in folders}
     for folder, bundle in bundles.items():
         found = diagnose(bundle)
         others = {name: other for name, other in bundles.items() if name != folder}
+        found["beside"] = {
+            name: beside(folder, bundle, name, other) for name, other in others.items()
+        }
         description = text(found)
-        page = report(folder, bundle, description, others)
+        page = report(folder, bundle, description, others, found["beside"])
         try:
             content = json.dumps(found, indent=2, allow_nan=False)
             write_text(Path(folder) / "diagnosis.json", content + "\n")
@@ -136,7 +159,17 @@ def run(arguments: Sequence[str] | None = None) -> None:
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror}") from error
         print(description)
+        for name, comparison in found["beside"].items():
+            print(f"\nBeside {name}\n{comparison}")
         print(f"Diagnosis and report are in {folder}\n")
+
+
+def beside(name: str, bundle: InferenceData, other: str, theirs: InferenceData) -> str:
+    """The comparison of two runs as a table, or why there is none."""
+    try:
+        return f"{compare({name: bundle, other: theirs})}\n{COMPARISON}"
+    except ValueError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from bayes_lora.inference.summary import (
 
 MASS = 0.94  # of highest-density intervals, as in ArviZ
 FIXED = 0.005  # a gate open, or closed, with less probability than this is fixed
-UNMOVED = 0.02  # largest difference from the probability without data that is none
+UNMOVED = 0.02  # largest difference of a probability, or share of a mean, that is none
 PSIS_DRAWS = 25  # that differ, at least
 
 
@@ -101,8 +101,10 @@ def _run(
         "pareto_k_verdict": verdict,
         "elbo_terms_nats": _terms(stats.isel(chain=0)),
         "gates": {
-            name: _gates(stats[f"{name}_open_probability"], stats[f"{name}_without_data"])
-            for name in ("rank", "bit")
+            name: _gates(
+                stats[f"{name}_open_probability"], stats[f"{name}_without_data"], stats[path]
+            )
+            for name, path in (("rank", "rank_trajectory"), ("bit", "bits_trajectory"))
             if f"{name}_open_probability" in stats
         },
     }  # fmt: skip
@@ -127,14 +129,29 @@ def _pareto(bundle: InferenceData) -> tuple[float | None, str]:
     draws, different = ratios.shape[1], min(len(np.unique(chain)) for chain in ratios)
     if different < PSIS_DRAWS:
         return None, f"not defined: {different} of {draws} draws differ, it takes {PSIS_DRAWS}"
+    seen, of = bundle["observed_data"].sizes["example"], int(bundle.attrs["training_examples"])
+    if (noise := _subsampling_noise(bundle)) > 1:
+        return None, (
+            f"not to be told: with the log likelihood of {seen} of {of} training examples, log p "
+            f"of a draw is known to {noise:.0f} nats"
+        )
     k, good = pareto_k(bundle), min(1 - 1 / math.log10(draws), 0.7)
     verdict = f"{k:.2f}"
     if k >= good:
         verdict += f", above {good:.2f}: {draws} draws cannot stand for the exact posterior"
-    seen, of = bundle["observed_data"].sizes["example"], int(bundle.attrs["training_examples"])
-    if seen < of:
-        verdict += f"; the likelihood is that of {seen} of {of} training examples, scaled up"
     return k, verdict
+
+
+def _subsampling_noise(bundle: InferenceData) -> float:
+    """Standard error of log p as it differs from draw to draw, from the examples left out; nats."""
+    of = int(bundle.attrs["training_examples"])
+    each = bundle["log_likelihood"]["label"]
+    seen = each.sizes["example"]
+    if seen >= of:
+        return 0.0
+    differences = each - each.mean("draw")
+    variance = differences.var("example", ddof=1).mean()
+    return of * math.sqrt(float(variance) / seen * (1 - seen / of))
 
 
 def _terms(stats: xr.Dataset) -> dict[str, float]:
@@ -143,22 +160,29 @@ def _terms(stats: xr.Dataset) -> dict[str, float]:
     A run without gates has all terms at every step.
     """
     gates = [name for name in ("kl_rank_gate", "kl_bit_gate") if stats[name].notnull().any()]
-    names = [*gates, *(n for n in ("kl_adapter_weights", "energy") if stats[n].notnull().any())]
+    names = [*gates, *(n for n in ("kl_adapter_weights", "bops_cost") if stats[n].notnull().any())]
     rows = np.flatnonzero(np.all([stats[n].notnull() for n in gates or ["log_likelihood"]], axis=0))
     fit = stats["log_likelihood"][rows[-max(1, len(rows) // 10) :]].mean()
     last = {name: float(stats[name][rows[-1]]) for name in names}
     return {n: round(v, 3) for n, v in ({"log_likelihood": float(fit)} | last).items()}
 
 
-def _gates(probability: xr.DataArray, without_data: xr.DataArray) -> dict[str, int]:
-    """How many gates are fixed, and of how many the data said nothing."""
+def _gates(
+    probability: xr.DataArray, without_data: xr.DataArray, path: xr.DataArray
+) -> dict[str, int]:
+    """How many gates are fixed, of how many the data said nothing, how many never moved at all.
+
+    What never moved are ranks, or bits of tensors, whose mean training has hardly changed.
+    """
     mean = probability.mean("chain")
+    change = abs(path - path.isel(recorded_step=0)).max(("chain", "recorded_step"))
     near = abs(probability - without_data).max("chain") < UNMOVED
     return {
         "all": int(mean.size),
         "fixed_open": int((mean > 1 - FIXED).sum()),
         "fixed_closed": int((mean < FIXED).sum()),
         "unmoved": int(near.sum()),
+        "never_trained": int((change < UNMOVED * path.isel(recorded_step=0)).sum()),
     }
 
 
@@ -182,18 +206,24 @@ def _agreement(distribution: xr.DataArray) -> dict[str, float]:
 def _collapsed(bundle: InferenceData, rank: xr.DataArray) -> dict[str, dict[str, float]]:
     """Layers that probably have rank 0: log odds of any rank, in prior and posterior; nats.
 
-    The prior's are from frequencies, so at most the log of twice the number of its draws.
+    The prior's are from frequencies, hence with a standard error, and at most the log of twice the
+    number of its draws.
     """
     closed = rank.mean("chain").sel(rank=0).to_numpy()
     before = prior_distribution(bundle, rank).sel(rank=0).to_numpy()
-    least = 0.5 / bundle["prior"].sizes["draw"]
-    prior, posterior = -logit(before.clip(least, 1 - least)), -logit(closed.clip(1e-12, 1 - 1e-12))
+    draws = bundle["prior"].sizes["draw"]
+    before = before.clip(0.5 / draws, 1 - 0.5 / draws)
+    prior, posterior = -logit(before), -logit(closed.clip(1e-12, 1 - 1e-12))
+    error = 1 / np.sqrt(draws * before * (1 - before))
     return {
         str(layer): {
             "probability": round(float(p), 4),
             "prior_log_odds": round(float(x), 2),
+            "prior_log_odds_error": round(float(s), 2),
             "posterior_log_odds": round(float(y), 2),
         }
-        for layer, p, x, y in zip(rank["layer"].to_numpy(), closed, prior, posterior, strict=True)
+        for layer, p, x, s, y in zip(
+            rank["layer"].to_numpy(), closed, prior, error, posterior, strict=True
+        )
         if p > 0.5
     }

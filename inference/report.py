@@ -7,11 +7,13 @@ import html
 import inspect
 import io
 from collections.abc import Mapping
+from pathlib import PurePath
 
 from matplotlib.figure import Figure
 
-from bayes_lora.inference.bundle import InferenceData, compare
-from bayes_lora.inference.plots import PLOTS, NothingToShow, plot_two_runs
+from bayes_lora.inference.bundle import InferenceData
+from bayes_lora.inference.heat_maps import NothingToShow, plot_two_runs
+from bayes_lora.inference.plots import PLOTS
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -37,14 +39,13 @@ figure {{ margin: 0 0 1rem 0 }}
 </html>
 """
 
-COMPARISON = (
-    "Expected log predictive density by PSIS-LOO. The weights were fitted to these very examples "
-    "and are held: a run that overfits more can look better here."
-)
-
 
 def report(
-    name: str, bundle: InferenceData, diagnosis: str, others: Mapping[str, InferenceData]
+    name: str,
+    bundle: InferenceData,
+    diagnosis: str,
+    others: Mapping[str, InferenceData],
+    beside: Mapping[str, str],
 ) -> str:
     """Lay a run out as a page: diagnosis, every picture, and comparisons with other runs.
 
@@ -57,7 +58,9 @@ def report(
     diagnosis : str
         As text: prose, then perhaps an empty line and a table.
     others : mapping of str to InferenceData
-        Runs to compare with, by name.
+        Runs to show beside it, by name.
+    beside : mapping of str to str
+        What the comparison with each of them says.
 
     Returns
     -------
@@ -76,13 +79,11 @@ def report(
         parts.append(_section(title, figure, (inspect.getdoc(plot) or "").split("\n\n")[0]))
     for other, theirs in others.items():
         parts.append(f"<h2>Beside {html.escape(other)}</h2>")
+        parts.append(f"<pre>{html.escape(beside[other])}</pre>")
         try:
-            parts.append(f"<pre>{html.escape(compare({name: bundle, other: theirs}))}</pre>")
-            parts.append(f'<p class="note">{COMPARISON}</p>')
-        except ValueError as error:
-            parts.append(_note(error))
-        try:
-            parts.append(_picture(plot_two_runs(bundle, theirs, (name, other))))
+            short = PurePath(name).name, PurePath(other).name
+            names = short if short[0] != short[1] else (name, other)
+            parts.append(_picture(plot_two_runs(bundle, theirs, names)))
         except ValueError as error:
             parts.append(_note(error))
     title = html.escape(f"Posterior of {name} ({bundle.attrs['task']})")

@@ -13,9 +13,9 @@ from bayes_lora.inference.bundle import write_bundle
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, write_decision
 from bayes_lora.inference.files import write_figure, write_text
+from bayes_lora.inference.heat_maps import plot_rank_and_bits
 from bayes_lora.inference.history import History
 from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
-from bayes_lora.inference.plots import plot_rank_and_bits
 from bayes_lora.inference.posterior import sample_posterior
 from bayes_lora.inference.predict import averaged, predict
 from bayes_lora.inference.prepared import Prepared

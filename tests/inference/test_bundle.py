@@ -53,7 +53,9 @@ def test_a_run_leaves_a_bundle_that_arviz_reads(command, tmp_path):
     assert np.isfinite(stats["objective"]).all()
     sampled = stats["phase"].isin(["anneal", "joint"])
     assert (np.isfinite(stats["elbo"]) == sampled).all()
-    costs = sum(stats[n] for n in ("kl_adapter_weights", "kl_rank_gate", "kl_bit_gate", "energy"))
+    costs = sum(
+        stats[n] for n in ("kl_adapter_weights", "kl_rank_gate", "kl_bit_gate", "bops_cost")
+    )
     elbo = (stats["log_likelihood"] - costs)[:, sampled]
     assert np.allclose(stats["elbo"][:, sampled], elbo, rtol=1e-5)
     joint = stats["phase"] == "joint"

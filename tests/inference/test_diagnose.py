@@ -47,7 +47,7 @@ def test_the_run_in_numbers(made_bundle):
     # the last of the two joint steps, not the settling, where gates have no divergence
     assert run["elbo_terms_nats"] == {
         "log_likelihood": -58.0, "kl_rank_gate": 20.0, "kl_bit_gate": 20.0,
-        "kl_adapter_weights": 3.0, "energy": 5.0,
+        "kl_adapter_weights": 3.0, "bops_cost": 5.0,
     }  # fmt: skip
     assert run["relative_bops"]["mean"] == bundle.posterior["relative_bops"].mean()
     assert run["relative_bops"]["prior_mean"] == bundle.prior["relative_bops"].mean()
@@ -56,7 +56,30 @@ def test_the_run_in_numbers(made_bundle):
     why = collapsed["bert.encoder.layer.0.attention.self.key"]
     assert why["probability"] == 0.9
     assert why["posterior_log_odds"] == pytest.approx(-np.log(9.0), abs=0.01)
-    assert why["prior_log_odds"] == pytest.approx(-0.7, abs=4.5 * 0.15)  # from 200 draws
+    # from 200 draws of probability sigmoid(-0.7)
+    assert why["prior_log_odds_error"] == pytest.approx((200 * 0.332 * 0.668) ** -0.5, rel=0.2)
+    assert why["prior_log_odds"] == pytest.approx(-0.7, abs=4.5 * why["prior_log_odds_error"])
+
+
+def test_gates_that_training_never_moved_are_told(made_bundle):
+    bundle = made_bundle(RANK, BITS)
+    gates = diagnose(bundle)["run"]["gates"]
+    assert (gates["rank"]["never_trained"], gates["bit"]["never_trained"]) == (12, 72)
+    assert "rank gates: in 12 of the layers they are where training began" in text(diagnose(bundle))
+    bundle.sample_stats["rank_trajectory"][0, -1, :5] -= 0.5
+    found = diagnose(bundle)
+    assert found["run"]["gates"]["rank"]["never_trained"] == 7
+    bundle.sample_stats["rank_trajectory"][0, -1] -= 0.5
+    bundle.sample_stats["bits_trajectory"][0, -1] -= 0.5
+    assert "where training began" not in text(diagnose(bundle))
+
+
+def test_a_collapse_within_the_error_of_the_prior_has_no_cause(made_bundle):
+    """The prior's log odds are -0.7."""
+    for logit, said in ((-0.75, "as far as its draws tell"), (-2.5, "data speak against it")):
+        rank = RANK.clone()
+        rank[1] = logit
+        assert said in text(diagnose(made_bundle(rank)))
 
 
 def test_gates_of_which_the_data_said_nothing_are_told_from_others(made_bundle):
@@ -72,24 +95,34 @@ def test_gates_of_which_the_data_said_nothing_are_told_from_others(made_bundle):
 
 
 @pytest.mark.parametrize(
-    ("spread", "temperature", "said"),
+    ("spread", "temperature", "examples", "said"),
     [
-        (0.0, 1.0, "not defined: 1 of 60 draws differ"),
-        (0.02, 1.0, "; the likelihood is that of 9 of 80 training examples"),
-        (3000.0, 1.0, "inf, above 0.44: 60 draws cannot stand for the exact posterior"),
-        (0.02, 0.001, "not defined: at a weight temperature of 0.001"),
+        (0.0, 1.0, 9, "not defined: 1 of 60 draws differ"),
+        (0.02, 1.0, 9, "0."),
+        (3000.0, 1.0, 9, "inf, above 0.44: 60 draws cannot stand for the exact posterior"),
+        (0.02, 0.001, 9, "not defined: at a weight temperature of 0.001"),
+        (0.02, 1.0, 80, "not to be told: with the log likelihood of 9 of 80 training examples"),
     ],
 )
-def test_what_k_hat_says(made_bundle, spread, temperature, said):
+def test_what_k_hat_says(made_bundle, spread, temperature, examples, said):
     bundle = made_bundle(RANK)
-    bundle.attrs["weight_temperature"] = temperature
+    bundle.attrs |= {"weight_temperature": temperature, "training_examples": examples}
     ratios = spread * np.random.default_rng(4).standard_normal(60)
     bundle.sample_stats["log_p"][0] = bundle.sample_stats["log_q"][0] * 0 + ratios
     bundle.sample_stats["log_q"][0] = 0 * ratios
     found = diagnose(bundle)["run"]
     assert said in found["pareto_k_verdict"]
-    assert (found["pareto_k"] is None) == ("not defined" in said or "inf" in said)
+    assert (found["pareto_k"] is None) == (said.startswith(("not", "inf")))
     json.dumps(found, allow_nan=False)
+
+
+def test_the_noise_of_examples_left_out(made_bundle):
+    """Normal log likelihoods of deviation 0.5: 80 * 0.5 / sqrt(9) * sqrt(1 - 9 / 80)."""
+    bundle = made_bundle(RANK)
+    drawn = 0.5 * np.random.default_rng(7).standard_normal((1, 60, 9))
+    bundle.log_likelihood["label"][:] = drawn
+    verdict = diagnose(bundle)["run"]["pareto_k_verdict"]
+    assert float(verdict.split()[-2]) == pytest.approx(12.56, abs=4 * 12.56 / (2 * 59 * 8) ** 0.5)
 
 
 def test_restarts_that_disagree(made_bundle):
@@ -120,6 +153,8 @@ def test_the_command_writes_text_json_and_a_report_of_its_own(made_bundle, tmp_p
     assert "the data speak against it" in printed
     found = json.loads((tmp_path / "first" / "diagnosis.json").read_text())
     assert len(found["layers"]) == 12
+    assert "elpd_loo" in found["beside"][folders[1]]
+    assert "elpd_loo" in printed
     page = (tmp_path / "first" / "report.html").read_text()
     assert page.count("<img") == 7  # six of its own, and one beside the second run
     assert "http" not in page.replace("http-equiv", "")
@@ -140,6 +175,10 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 2
     assert "is no whole bundle of this version" in capsys.readouterr().err
     assert main(["diagnose"]) == 2
+    assert main(["diagnose", str(tmp_path), f"{tmp_path}/"]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
+    assert main(["diagnose", str(tmp_path / "posterior.nc")]) == 2
+    assert f"name the folder of the run, {tmp_path}" in capsys.readouterr().err
     assert main(["diagnose", str(tmp_path), "--format"]) == 2
     assert "unrecognized arguments: --format" in capsys.readouterr().err
 

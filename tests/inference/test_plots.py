@@ -5,16 +5,18 @@ import pytest
 import torch
 
 from bayes_lora.inference.bundle import read_bundle
+from bayes_lora.inference.heat_maps import (
+    plot_bits,
+    plot_rank,
+    plot_rank_and_bits,
+    plot_two_runs,
+)
 from bayes_lora.inference.plots import (
     PLOTS,
-    plot_bits,
     plot_elbo_terms,
     plot_gate_trajectories,
     plot_prior_and_posterior,
-    plot_rank,
-    plot_rank_and_bits,
     plot_reliability,
-    plot_two_runs,
 )
 from bayes_lora.targets import LayerSpec
 
@@ -82,12 +84,12 @@ def test_two_runs_side_by_side(made_bundle):
     first, second = made_bundle(HALF, QUARTER), made_bundle(HALF + 9, QUARTER, seed=1)
     figure = plot_two_runs(first, second, ("a", "b"))
     shown = dict(zip(titles(figure), cells(figure), strict=True))
-    assert list(shown)[:3] == ["rank (of 3): a", "rank (of 3): b", "rank (of 3): difference"]
-    assert {text.split("\n")[0] for text in shown["rank (of 3): difference"]} == {"2.1"}
+    assert list(shown)[:3] == ["rank (of 3)\na", "rank (of 3)\nb", "rank (of 3)\ndifference"]
+    assert {text.split("\n")[0] for text in shown["rank (of 3)\ndifference"]} == {"2.1"}
     only_bits = made_bundle(None, QUARTER, seed=2)
     common = titles(plot_two_runs(first, only_bits, ("a", "c")))
     assert [title for title in common if title.endswith("c")] == [
-        "bits of weight: c", "bits of input: c",
+        "bits of weight\nc", "bits of input\nc",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no gates in common"):
         plot_two_runs(made_bundle(HALF, seed=3), only_bits, ("d", "c"))
