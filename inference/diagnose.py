@@ -17,11 +17,14 @@ from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.diagnosis import MASS, diagnose
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.report import report
+from bayes_lora.inference.table import short_names
+from bayes_lora.targets import LayerSpec
 
 GROUPS = {
     "posterior", "prior", "log_likelihood", "observed_data", "sample_stats", "predictions",
     "predictions_constant_data",
 }  # fmt: skip
+STATS = {"log_p", "log_q", "log_likelihood", "kl_adapter_weights", "bops_cost", "phase"}
 ATTRIBUTES = {"task", "rank_structure", "training_examples", "weight_temperature"}
 
 
@@ -77,6 +80,7 @@ def text(found: dict[str, Any]) -> str:
             "",
             f"Rank and bits: mean, {MASS:.0%} highest-density interval, prior mean",
             *table,
+            "P(rank <= k) and P(bits = b) of every layer are in diagnosis.json and report.html",
         ]
     return "\n".join(lines)
 
@@ -84,7 +88,8 @@ def text(found: dict[str, Any]) -> str:
 def _table(layers: dict[str, Any]) -> list[str]:
     """One line a layer that has gates, in columns."""
     rows = []
-    for layer, parts in layers.items():
+    names = short_names([LayerSpec(layer, 0, 0) for layer in layers]) if layers else []
+    for layer, parts in zip(names, layers.values(), strict=True):
         cells = {"rank": parts["rank"]} if "rank" in parts else {}
         cells |= parts.get("bits", {})
         row = [
@@ -116,7 +121,10 @@ def load(run: str) -> InferenceData:
         bundle = read_bundle(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not (set(bundle.groups()) >= GROUPS and set(bundle.attrs) >= ATTRIBUTES):
+    known = set(bundle.groups()), set(bundle.attrs), set(bundle.get("sample_stats", ()))
+    if not all(
+        names >= needed for names, needed in zip(known, (GROUPS, ATTRIBUTES, STATS), strict=True)
+    ):
         raise InputError(
             f"{path} is no whole bundle of this version: run bayes-lora finetune again"
         )
@@ -151,7 +159,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             name: beside(folder, bundle, name, other) for name, other in others.items()
         }
         description = text(found)
-        page = report(folder, bundle, description, others, found["beside"])
+        page = report(folder, bundle, description, found, others)
         try:
             content = json.dumps(found, indent=2, allow_nan=False)
             write_text(Path(folder) / "diagnosis.json", content + "\n")

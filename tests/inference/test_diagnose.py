@@ -156,6 +156,9 @@ def test_the_command_writes_text_json_and_a_report_of_its_own(made_bundle, tmp_p
     assert "elpd_loo" in found["beside"][folders[1]]
     assert "elpd_loo" in printed
     page = (tmp_path / "first" / "report.html").read_text()
+    at_most = found["layers"]["bert.encoder.layer.0.attention.self.query"]["rank"]
+    assert f"{at_most['probability_at_most'][1]:.2f} (" in page
+    assert page.count("<details>") == 7  # rank and six tensors
     assert page.count("<img") == 7  # six of its own, and one beside the second run
     assert "http" not in page.replace("http-equiv", "")
     assert "elpd_loo" in page
