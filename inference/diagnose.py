@@ -25,7 +25,9 @@ GROUPS = {
     "predictions_constant_data",
 }  # fmt: skip
 STATS = {"log_p", "log_q", "log_likelihood", "kl_adapter_weights", "bops_cost", "phase"}
-ATTRIBUTES = {"task", "rank_structure", "training_examples", "weight_temperature"}
+ATTRIBUTES = {
+    "task", "rank_structure", "training_examples", "weight_posterior", "weight_temperature",
+}  # fmt: skip
 
 
 COMPARISON = (
@@ -49,6 +51,11 @@ def text(found: dict[str, Any]) -> str:
         f"ELBO of the first chain {when}, nats: "
         + ", ".join(f"{n} {v:,.0f}" for n, v in run["elbo_terms_nats"].items())
     )
+    if run["weight_posterior"] == "delta":
+        lines.append(
+            "(The weights are a point: their KL is minus its log prior density, nearly all of it the "
+            "constant log(scale) + 0.92 nats a weight.)"
+        )
     for name, gates in run["gates"].items():
         lines.append(
             f"{name} gates: {gates['all']}, fixed open {gates['fixed_open']}, fixed closed "

@@ -91,6 +91,7 @@ def _run(
     k, verdict = _pareto(bundle)
     found: dict[str, Any] = {
         "task": bundle.attrs["task"],
+        "weight_posterior": bundle.attrs["weight_posterior"],
         "chains": posterior.sizes["chain"],
         "draws": posterior.sizes["draw"],
         "relative_bops": {

@@ -125,6 +125,7 @@ def sample_posterior(
             "task": task.name,
             "training_examples": len(train),
             "rank_structure": model.network.structure.__name__,
+            "weight_posterior": "delta" if guide.log_scale is None else "normal",
             "weight_temperature": 1.0
             if guide.log_scale is None
             else model.priors.adapter_weight_temperature,

@@ -267,6 +267,7 @@ def made_bundle(network, tmp_path):
                 "task": "custom",
                 "training_examples": 80,
                 "rank_structure": "nested",
+                "weight_posterior": "delta",
                 "weight_temperature": 1.0,
             },
         )
