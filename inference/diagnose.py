@@ -53,8 +53,8 @@ def text(found: dict[str, Any]) -> str:
     )
     if run["weight_posterior"] == "delta":
         lines.append(
-            "(The weights are a point: their KL is minus its log prior density, nearly all of it the "
-            "constant log(scale) + 0.92 nats a weight.)"
+            "(The weights are a point: their KL is minus its log prior density, nearly all of it "
+            "the constant log(scale) + 0.92 nats a weight.)"
         )
     for name, gates in run["gates"].items():
         lines.append(
