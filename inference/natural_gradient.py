@@ -41,10 +41,10 @@ from bayes_lora.errors import NumericalError
 from bayes_lora.gates import GateStructure, nested, reach
 from bayes_lora.inference.slopes import Slopes
 
-MIDPOINTS = 0.1  # share of the rows in which one gate is at 1/2, in the draws that have such: few,
-# for what a gate at 1/2 tells is told beside the others at 1/2, where the guide has none
+MIDPOINTS = 0.5  # share of the rows in which one gate, if it is even, is at 1/2 in such a draw
 WINDOW = 0.25  # share of the draws that means look back on
 MAX_STEP = 3.0  # nats that a logit moves at most in one iteration
+CERTAIN = 15.0  # nats: a gate of this logit is drawn alike some million times
 
 
 @dataclass
@@ -74,13 +74,15 @@ class GateSet:
     ) -> tuple[Tensor, Tensor]:
         """Draw gates in antithetic pairs, and choose which to put at 1/2; shapes (S, ..., K).
 
-        In the first `whole` draws none is.
+        In the first `whole` draws none is, in the others the more the less certain a gate is.
         """
         p = self.logits.sigmoid()
         u = torch.rand((draws // 2, *p.shape), generator=generator).to(p)
         gates = (torch.stack([u, 1 - u], 1).flatten(0, 1) < p).to(p)
         chosen = torch.randint(p.shape[-1], (*gates.shape[:-1], 1), generator=generator)
-        here = torch.rand(chosen.shape, generator=generator) < MIDPOINTS
+        # a gate that is certain would be where no draw is, and all others beside it
+        even = 4 * (p * (1 - p)).expand(gates.shape).gather(-1, chosen.to(p.device))
+        here = torch.rand(chosen.shape, generator=generator).to(p) < MIDPOINTS * even
         here[: whole if self.bends else draws] = False
         middle = torch.zeros_like(gates).scatter_(-1, chosen.to(p.device), here.to(p))
         return gates, middle * reach(gates, self.structure)
@@ -160,6 +162,10 @@ def ascend(
             optimum = (
                 gates.prior_logits + slope.integrals() + factor / reached - divergence(gates)[1]
             )
+            # the way back from certainty is as short from any logit
+            inward = (optimum - gates.logits) * gates.logits < 0
+            bounded = gates.logits.clamp(-CERTAIN, CERTAIN)
+            gates.logits.copy_(torch.where(inward, bounded, gates.logits))
             gates.logits += (damping * (optimum - gates.logits)).clamp(-MAX_STEP, MAX_STEP)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+KEPT = 16  # visits of a part after which what was not seen again is forgotten, at least
 TRUSTED = 50  # c: parts out of very many whose mean difference is believed by half
 
 
@@ -45,7 +46,9 @@ class Slopes:
         self.windows = [max(2.0, window) for window in windows]  # what is seen once is kept
         self.visits = torch.zeros(2, parts, dtype=torch.long)
         # whole draws or not; at 0, 1/2 or 1; part; gate
-        self.sums, self.counts = (like.new_zeros(2, 3, parts, *like.shape) for _ in range(2))
+        self.sums, self.counts, self.ages = (
+            like.new_zeros(2, 3, parts, *like.shape) for _ in range(3)
+        )
 
     def add(
         self, part: int, whole: bool, gates: Tensor, gradient: Tensor, middle: Tensor,
@@ -63,20 +66,25 @@ class Slopes:
         here = torch.stack([reached * (1 - gates), middle, reached * gates])
         self.sums[kind, :, part].lerp_(here * gradient, rate)
         self.counts[kind, :, part].lerp_(here, rate)
+        self.ages[kind, :, part].add_(1).mul_(here == 0)
 
     def integrals(self) -> Tensor:
-        """D_k by Simpson's rule, nats; where an end was never seen, from the other and the middle.
+        """D_k by Simpson's rule, nats; where an end is not seen, from the other and the middle.
 
-        What was seen in no part is 0.
+        What is seen in no part is 0. What was not seen for a window is no longer: other gates may
+        have moved since.
         """
         means = self.sums / self.counts.clamp_min(1e-12)
-        seen = self.counts > 0
+        seen = [
+            (count > 0) & (age <= max(window, KEPT))
+            for count, age, window in zip(self.counts, self.ages, self.windows, strict=True)
+        ]
         whole, known, bent = _trapezoid(means[0], seen[0])
         total = _mean(whole, known) * self.parts
         beside, known, bent_beside = _trapezoid(means[1], seen[1])
         # the line through one end and the middle has its mean in the middle
         share = torch.where(bent & bent_beside, 2 / 3, (~bent & ~bent_beside).to(total))
-        pairs = known & seen[1, 1]
+        pairs = known & seen[1][1]
         return total + share * _shrunk(means[1, 1] - beside, pairs) * self.parts
 
 
