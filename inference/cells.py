@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
+import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 
-from bayes_lora.errors import InputError
+from bayes_lora.errors import InputError, Interrupted
 from bayes_lora.inference.checkpoint import CHECKPOINTS
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.files import write_text
@@ -61,12 +63,52 @@ def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, f
     found = finished(method, words, folder)
     if found is None:
         print(f"{folder}", file=sys.stderr)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            pool.submit(train_cell, method, words, folder).result()
+        _run_and_wait(folder, train_cell, method, words, folder)
         found = finished(method, words, folder)
     assert found is not None
     return found
+
+
+def _run_and_wait(name: object, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in a process of its own, which SIGTERM to this one stops as well."""
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_report, args=(sender, function, *arguments))
+    before = signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        process.start()
+        sender.close()
+        error = receiver.recv()
+    except Interrupted:
+        process.terminate()  # what it trains leaves a checkpoint
+        raise
+    except EOFError:
+        process.join()
+        raise InputError(
+            f"{name}: its process was killed (exit code {process.exitcode}), perhaps for memory: "
+            "the same command goes on; a smaller --batch_size takes less"
+        ) from None
+    finally:  # on Ctrl-C it has had its own
+        signal.signal(signal.SIGTERM, before)
+        process.join()
+    if error is not None:
+        raise error
+
+
+def _report(sender: Connection, function: Callable[..., object], *arguments: object) -> None:
+    """In the process: what the function raises, or None."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        sender.send(error)
+    else:
+        sender.send(None)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(
+        "stopped by SIGTERM; the same command goes on, finished cells are kept", number
+    )
 
 
 def finished(method: str, words: Sequence[str], folder: Path) -> dict[str, float] | None:
