@@ -164,7 +164,9 @@ def test_a_budget_moves_the_price_and_is_met_by_the_decision(command, tmp_path, 
     code, _, err = command(target_bops=0.005, epochs=20, gate_learning_rate=0.5)
     assert code == 0, err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["relative_bops_32"] == pytest.approx(0.005, rel=0.05)
+    # within 5 %, or one gate: from 2 to 4 bits in one of the large layers of a tiny network
+    one_gate = 16 * 24 * (4 * 2 - 2 * 2) / (2 * (4 * 16 * 16 + 2 * 16 * 24) * 32 * 32)
+    assert metrics["relative_bops_32"] == pytest.approx(0.005, abs=max(0.05 * 0.005, one_gate))
     rows = read_history(tmp_path / "run")
     joint = [row for row in rows if row["phase"] == "joint"]
     for now, after in itertools.pairwise(joint):
