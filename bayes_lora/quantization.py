@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_lora.row_sample import number_drawn, sample_rows
+from bayes_lora.row_sample import has_many_rows, sample_rows
 
 _EDGE = 1.0 + 1e-6
 
@@ -189,6 +189,5 @@ def quantize_mixture(
         differentiated = active if len(active) > 1 else ()
     if not differentiated:
         weights = weights.detach()
-    rows = x.numel() // x.shape[-1] if estimated else 0
-    few = number_drawn(rows) == rows
-    return _Mixed.apply(x, weights, limits, active, differentiated, not few)
+    estimated = estimated and has_many_rows(x)
+    return _Mixed.apply(x, weights, limits, active, differentiated, estimated)

@@ -37,6 +37,12 @@ def number_drawn(rows: int) -> int:
     return min(rows, max(FEWEST, rows // SHARE))
 
 
+def has_many_rows(x: Tensor) -> bool:
+    """Whether a sum over the rows of (..., d) is estimated: more rows than are drawn."""
+    rows = x.numel() // x.shape[-1]
+    return number_drawn(rows) < rows
+
+
 def sample_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Draw rows with probability proportional to the norm of their gradient.
 
@@ -70,8 +76,7 @@ def linear_of_mixture(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias : Tensor or None
         Shape (out,), frozen.
     """
-    rows = x.numel() // x.shape[-1]
-    if not weight.requires_grad or number_drawn(rows) == rows:
+    if not (weight.requires_grad and has_many_rows(x)):
         return linear(x, weight, bias)
     output = linear(x, weight.detach(), bias)
     return _WeightGradient.apply(output, x.detach(), weight)

@@ -26,6 +26,7 @@ from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.finetune import finetune
 from bayes_lora.inference.quiet import quiet
+from bayes_lora.inference.signals import handled
 
 FINETUNED: dict[str, dict[str, Any]] = {
     "r": {"method": "r"},
@@ -59,6 +60,8 @@ def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, f
         If the cell is there, but was trained with other options; or if training refuses them.
     NumericalError
         If training leaves the finite numbers.
+    Interrupted
+        If SIGTERM came; the training is stopped too.
     """
     found = finished(method, words, folder)
     if found is None:
@@ -74,11 +77,11 @@ def _run_and_wait(name: object, function: Callable[..., object], *arguments: obj
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_report, args=(sender, function, *arguments))
-    before = signal.signal(signal.SIGTERM, _interrupted)
     try:
-        process.start()
-        sender.close()
-        error = receiver.recv()
+        with handled(_interrupted, signal.SIGTERM):
+            process.start()
+            sender.close()
+            error = receiver.recv()
     except Interrupted:
         process.terminate()  # what it trains leaves a checkpoint
         raise
@@ -89,7 +92,6 @@ def _run_and_wait(name: object, function: Callable[..., object], *arguments: obj
             "the same command goes on; a smaller --batch_size takes less"
         ) from None
     finally:  # on Ctrl-C it has had its own
-        signal.signal(signal.SIGTERM, before)
         process.join()
     if error is not None:
         raise error

@@ -93,18 +93,19 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _table(layers: dict[str, Any]) -> list[str]:
-    """One line a layer that has gates, in columns."""
+    """One line a layer, in columns; none without gates."""
+    if not layers:
+        return []
     rows = []
-    names = short_names([LayerSpec(layer, 0, 0) for layer in layers]) if layers else []
+    names = short_names([LayerSpec(layer, 0, 0) for layer in layers])
     for layer, parts in zip(names, layers.values(), strict=True):
         cells = {"rank": parts["rank"]} if "rank" in parts else {}
         cells |= parts.get("bits", {})
-        row = [
+        described = (
             f"{n} {c['mean']:.1f} [{c['hdi'][0]}, {c['hdi'][1]}] ({c['prior_mean']:.1f})"
             for n, c in cells.items()
-        ]
-        if row:
-            rows.append([layer, *row])
+        )
+        rows.append([layer, *described])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
@@ -128,9 +129,10 @@ def load(run: str) -> InferenceData:
         bundle = read_bundle(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    known = set(bundle.groups()), set(bundle.attrs), set(bundle.get("sample_stats", ()))
+    known = bundle.groups(), bundle.attrs, bundle.get("sample_stats", ())
     if not all(
-        names >= needed for names, needed in zip(known, (GROUPS, ATTRIBUTES, STATS), strict=True)
+        needed <= set(names)
+        for names, needed in zip(known, (GROUPS, ATTRIBUTES, STATS), strict=True)
     ):
         raise InputError(
             f"{path} is no whole bundle of this version: run bayes-lora finetune again"

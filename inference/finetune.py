@@ -211,8 +211,10 @@ def _train(
     settings, folder = config.training, Path(config.training.output_dir)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     refine_epochs = config.posterior.refine_epochs
-    parts = fixed_batches(data.train, data.collate, settings.batch_size, settings.seed)
-    steps = sum(phase.steps for phase in phases) + ceil(refine_epochs * len(parts) / DRAWS)
+    steps = sum(phase.steps for phase in phases)
+    if refine_epochs:  # sorting a large training set takes seconds
+        parts = fixed_batches(data.train, data.collate, settings.batch_size, settings.seed)
+        steps += ceil(refine_epochs * len(parts) / DRAWS)
     unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
     stopped = f"the same command with --resume goes on after the last checkpoint in {folder}"
 

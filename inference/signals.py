@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -38,27 +38,37 @@ class Pending:
 
 @contextmanager
 def held_back() -> Iterator[Pending]:
-    """Hold SIGTERM and SIGINT back inside the block; the second one acts at once.
-
-    Only the main thread has signals; elsewhere nothing changes.
-    """
+    """Hold SIGTERM and SIGINT back inside the block; the second one acts at once."""
     pending = Pending()
-    if threading.current_thread() is not threading.main_thread():
-        yield pending
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
         pending.signal = number
         restore()
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with handled(note, signal.SIGTERM, signal.SIGINT) as restore:
         yield pending
+
+
+@contextmanager
+def handled(
+    handler: Callable[[int, FrameType | None], None], *numbers: int
+) -> Iterator[Callable[[], None]]:
+    """Have signals handled inside the block, or until what it yields is called.
+
+    Only the main thread has signals; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield restore
     finally:
         restore()
