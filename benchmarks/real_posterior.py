@@ -7,12 +7,15 @@
 The run ends with a relaxed posterior: nothing is settled. It is refined here, as `--refine_epochs
 3` does, and timed. Of the last block, the three layers behind the attention see one token a text
 only, the one that is classified. So their inputs can be kept, and all 9 x 9 x 9 configurations of
-the three ranks are summed over the whole training set, weights and other gates held at the
-decision. One line a guide: the mean of the three ranks, and the total variation distance of their
-distributions from that. `relaxed` is that of the run, `refined` what becomes of it, all gates at
-once; `from relaxed` is the refinement of these three alone, given the same gates and data as the
-sum has, in passes over batches of 32, the mean of ten seeds, or with the whole training set at
-every draw. At last, how far the refinement moved the distribution of the rank over all layers.
+the three ranks are summed over the whole training set, weights held at their means. One line a
+guide: the mean of the three ranks, and the total variation distance of their distributions from
+that sum. `relaxed` is that of the run, `refined` what becomes of it, all gates at once; `from
+relaxed` is the refinement of these three alone, in passes over batches of 32, the mean of ten
+seeds, or with the whole training set at every draw. Where the three are refined alone, the `others`
+of the sum are held at the decision of the run, as they are for the refinement. Where all gates are
+refined, the sum is the mean of sums in which the others are drawn from the refined guide, so that
+what is judged is the guide of the three, given its own of the others. At last, how far the
+refinement moved the distribution of the rank over all layers.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bayes_lora.costs import relative_bops
-from bayes_lora.gates import rank_probabilities
+from bayes_lora.gates import nested, rank_probabilities
 from bayes_lora.inference.batches import fixed_batches
 from bayes_lora.inference.data import load_task, tokenize
 from bayes_lora.inference.natural_gradient import GateSet, ascend
@@ -48,6 +51,8 @@ LAYERS = ("attention.output.dense", "intermediate.dense", "output.dense")
 
 PASSES = 3  # of the refinement of all gates
 SEEDS = 10
+OTHERS = 8  # draws of the other layers' gates
+WRITER = csv.writer(sys.stdout, lineterminator="\n")
 
 
 def load(run: Path) -> tuple[BayesianLoRA, GateGuide, DataLoader, DataLoader]:
@@ -62,11 +67,15 @@ def load(run: Path) -> tuple[BayesianLoRA, GateGuide, DataLoader, DataLoader]:
 
 
 class Tail:
-    """The network behind the attention of its last block, on inputs that are kept."""
+    """The network behind the attention of its last block, on inputs that are kept.
 
-    def __init__(self, model: BayesianLoRA, guide: GateGuide, data: DataLoader) -> None:
-        self.model, self.weights = model, guide.loc.detach()
-        self.gates = guide.decision().rank_gate
+    They are what the blocks before give at rank gates of all layers, (L, R).
+    """
+
+    def __init__(
+        self, model: BayesianLoRA, weights: Tensor, gates: Tensor, data: DataLoader
+    ) -> None:
+        self.model, self.weights, self.gates = model, weights, gates
         bert = model.network.backbone
         self.block, self.pooler, self.classifier = (
             bert.bert.encoder.layer[-1], bert.bert.pooler, bert.classifier
@@ -141,20 +150,38 @@ def refined(
     return gates.logits
 
 
+def draw(probs: Tensor, generator: torch.Generator) -> Tensor:
+    """Rank gates of all layers, one discrete draw at their probabilities (L, R)."""
+    return nested(torch.bernoulli(probs, generator=generator))
+
+
+def print_rows(others: str, reference: Tensor, guides: dict[str, list[Tensor]]) -> None:
+    """One line for the sum of all configurations, and one a guide, the mean of its logits' rows."""
+    rows = {"all configurations": reference[None]}
+    rows |= {name: rank_probabilities(torch.stack(x).sigmoid()) for name, x in guides.items()}
+    ranks = torch.arange(reference.shape[-1], dtype=torch.double)
+    for name, p in rows.items():
+        distance = 0.5 * (p - reference).abs().sum(-1)
+        numbers = [*(p @ ranks).mean(0).tolist(), *distance.mean(0).tolist()]
+        WRITER.writerow([others, name, *(f"{number:.3f}" for number in numbers)])
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Print the table as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("run", type=Path)
     options = parser.parse_args()
+    print("# python benchmarks/real_posterior.py", *sys.argv[1:])
+    WRITER.writerow(["others", "guide", *(f"mean_rank_{kind}" for kind in LAYERS),
+                     *(f"distance_{kind}" for kind in LAYERS)])  # fmt: skip
+
     model, guide, data, batches = load(options.run)
-    relaxed = guide.rank_logits.detach().clone()
-    tail = Tail(model, guide, data)
+    weights, relaxed = guide.loc.detach(), guide.rank_logits.detach().clone()
+    tail = Tail(model, weights, guide.decision().rank_gate, data)
     prior = model.rank_prior_logits[tail.index].double()
-    begin = time.monotonic()
-    refine_guide(model, guide, batches, PASSES)
-    seconds = time.monotonic() - begin
-    start, found = relaxed[tail.index].double(), guide.rank_logits.detach()[tail.index].double()
-    guides = {"relaxed": [start], "refined": [found]}
+    start = relaxed[tail.index].double()
+    guides = {"relaxed": [start]}
     for passes in (1, 2, 3, 5, 10):
         iterations = math.ceil(passes * len(batches) / DRAWS)
         guides[f"from relaxed, {passes} passes"] = [
@@ -163,27 +190,27 @@ def main() -> None:
     guides["from relaxed, 300 iterations of all data"] = [
         refined(tail, start, prior, 300, len(tail.labels))
     ]
-    reference = exact(tail, prior)
-    ranks = torch.arange(prior.shape[-1] + 1.0, dtype=torch.double)
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    print("# python benchmarks/real_posterior.py", *sys.argv[1:])
-    writer.writerow(["guide", *(f"mean_rank_{kind}" for kind in LAYERS),
-                     *(f"distance_{kind}" for kind in LAYERS)])  # fmt: skip
-    rows = {"all configurations": reference[None]}
-    rows |= {name: rank_probabilities(torch.stack(x).sigmoid()) for name, x in guides.items()}
-    for name, p in rows.items():
-        distance = 0.5 * (p - reference).abs().sum(-1)
-        numbers = [*(p @ ranks).mean(0).tolist(), *distance.mean(0).tolist()]
-        writer.writerow([name, *(f"{number:.3f}" for number in numbers)])
-    pair = [rank_probabilities(x.double().sigmoid()) for x in (relaxed, guide.rank_logits.detach())]
+    print_rows("at the decision of the run", exact(tail, prior), guides)
+
+    begin = time.monotonic()
+    refine_guide(model, guide, batches, PASSES)
+    seconds = time.monotonic() - begin
+    after = guide.rank_logits.detach()
+    generator = torch.Generator().manual_seed(0)
+    sums = []
+    for _ in range(OTHERS):
+        gates = draw(after.sigmoid(), generator)
+        sums.append(exact(Tail(model, weights, gates, data), prior))
+    guides = {"relaxed": [start], "refined": [after[tail.index].double()]}
+    print_rows("drawn from the refined guide", torch.stack(sums).mean(0), guides)
+
+    pair = [rank_probabilities(x.double().sigmoid()) for x in (relaxed, after)]
     moved = 0.5 * (pair[0] - pair[1]).abs().sum(-1)
+    ranks = torch.arange(relaxed.shape[-1] + 1.0, dtype=torch.double)
     means = [float((p @ ranks).mean()) for p in pair]
     print(f"# all {len(moved)} layers: mean rank {means[0]:.2f} relaxed, {means[1]:.2f} refined; "
           f"moved by {moved.mean():.3f} on the average, {moved.max():.3f} at most")  # fmt: skip
-    share = [
-        float(relative_bops(model.network, x.sigmoid().float()))
-        for x in (relaxed, guide.rank_logits)
-    ]
+    share = [float(relative_bops(model.network, x.sigmoid().float())) for x in (relaxed, after)]
     print(f"# expected bit operations {share[0]:.4f} relaxed, {share[1]:.4f} refined")
     trained = json.loads((options.run / "metrics.json").read_text())["seconds"]
     print(f"# the refinement took {seconds:.0f} s, the run {trained:.0f} s")
