@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 
 from bayes_lora.gates import nested, rank_probabilities
 from bayes_lora.inference.natural_gradient import GateSet, ascend
-from bayes_lora.inference.slopes import TRUSTED, Slopes
+from bayes_lora.inference.slopes import KEPT, TRUSTED, Slopes
 
 PARTS = 5
 
@@ -57,12 +57,21 @@ def test_a_middle_seen_in_all_parts_makes_it_simpsons_rule():
     assert slopes.integrals().tolist() == pytest.approx([15.0, 5.0])
 
 
-def test_means_look_back_on_a_window_and_forget_nothing_for_good():
+def test_means_look_back_on_a_window():
     slopes = Slopes(torch.zeros(2).double(), 1, (1, 1))
     for z, gradient in ((0, 4.0), (1, 1.0), (1, 1.0), (1, 9.0)):
         take_in(slopes, 0, [z, 1], [gradient, 0.0])
     # open: 1, 1 and 9, of weights that halve from draw to draw (the first two are a plain mean)
     expected = (4.0 + (1 / 8 + 1 / 4 + 9 / 2) / (1 / 8 + 1 / 4 + 1 / 2)) / 2
+    assert slopes.integrals()[0].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("forget", "expected"), [(True, 1.0), (False, (4.0 + 1.0) / 2)])
+def test_an_end_not_seen_for_a_window_counts_only_where_no_middle_stands_in(forget, expected):
+    slopes = Slopes(torch.zeros(2).double(), 1, (1, 1), forget)
+    take_in(slopes, 0, [0, 1], [4.0, 0.0])
+    for _ in range(KEPT + 1):
+        take_in(slopes, 0, [1, 1], [1.0, 0.0])
     assert slopes.integrals()[0].item() == pytest.approx(expected)
 
 
