@@ -134,7 +134,7 @@ def ascend(
     whole = draws // 2 if any(gates.bends for gates in sets) else draws
     visits = WINDOW * iterations / parts
     windows = visits * whole, visits * (draws - whole)
-    slopes = [Slopes(gates.logits, parts, windows, forget=gates.bends) for gates in sets]
+    slopes = [Slopes(gates.logits, parts, windows) for gates in sets]
     for iteration in range(iterations):
         drawn, middle = zip(*(gates.draw(draws, whole, generator) for gates in sets), strict=True)
         points = [z.lerp(torch.full_like(z, 0.5), m) for z, m in zip(drawn, middle, strict=True)]

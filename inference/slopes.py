@@ -18,12 +18,11 @@ do, for then nothing is extrapolated.
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 from torch import Tensor
 
-KEPT = 16  # visits of a part after which what was not seen again is forgotten, at least
+FORGOTTEN = 2  # windows after which what was not seen again is forgotten
+KEPT = 16  # visits of a part that it is remembered at least
 TRUSTED = 50  # c: parts out of very many whose mean difference is believed by half
 
 
@@ -41,16 +40,10 @@ class Slopes:
         Parts of the data set, P.
     windows : pair of float
         Draws of a part that its means look back on, of those that are whole and of the others.
-    forget : bool
-        Whether an end that was not seen for a window no longer counts, as other gates may have
-        moved since and the middle stands in for it. Where the middle is not looked at, an old end
-        is better than none.
     """
 
-    def __init__(
-        self, like: Tensor, parts: int, windows: tuple[float, float], forget: bool = True
-    ) -> None:
-        self.parts, self.forget = parts, forget
+    def __init__(self, like: Tensor, parts: int, windows: tuple[float, float]) -> None:
+        self.parts = parts
         self.windows = [max(2.0, window) for window in windows]  # what is seen once is kept
         self.visits = torch.zeros(2, parts, dtype=torch.long)
         # whole draws or not; at 0, 1/2 or 1; part; gate
@@ -79,11 +72,12 @@ class Slopes:
     def integrals(self) -> Tensor:
         """D_k by Simpson's rule, nats; where an end is not seen, from the other and the middle.
 
-        What is seen in no part is 0.
+        What is seen in no part is 0. What was not seen for long no longer counts: other gates may
+        have moved since.
         """
         means = self.sums / self.counts.clamp_min(1e-12)
         seen = [
-            (count > 0) & (age <= (max(window, KEPT) if self.forget else inf))
+            (count > 0) & (age <= max(FORGOTTEN * window, KEPT))
             for count, age, window in zip(self.counts, self.ages, self.windows, strict=True)
         ]
         whole, known, bent = _trapezoid(means[0], seen[0])

@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 
 from bayes_lora.gates import nested, rank_probabilities
 from bayes_lora.inference.natural_gradient import GateSet, ascend
-from bayes_lora.inference.slopes import KEPT, TRUSTED, Slopes
+from bayes_lora.inference.slopes import FORGOTTEN, KEPT, TRUSTED, Slopes
 
 PARTS = 5
 
@@ -66,11 +66,13 @@ def test_means_look_back_on_a_window():
     assert slopes.integrals()[0].item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("forget", "expected"), [(True, 1.0), (False, (4.0 + 1.0) / 2)])
-def test_an_end_not_seen_for_a_window_counts_only_where_no_middle_stands_in(forget, expected):
-    slopes = Slopes(torch.zeros(2).double(), 1, (1, 1), forget)
+@pytest.mark.parametrize(
+    ("draws", "expected"), [(FORGOTTEN * KEPT, 2.5), (FORGOTTEN * KEPT + 1, 1.0)]
+)
+def test_an_end_not_seen_for_long_no_longer_counts(draws, expected):
+    slopes = Slopes(torch.zeros(2).double(), 1, (KEPT, KEPT))
     take_in(slopes, 0, [0, 1], [4.0, 0.0])
-    for _ in range(KEPT + 1):
+    for _ in range(draws):
         take_in(slopes, 0, [1, 1], [1.0, 0.0])
     assert slopes.integrals()[0].item() == pytest.approx(expected)
 
