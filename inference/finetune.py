@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -154,8 +155,12 @@ def _finetune(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     data = prepare(config)
     model, guide = assemble(config, data.backbone, data.likelihood, priors, len(data.train))
     if adapter := config.network.init_adapter:
-        start_from_peft(Path(adapter), model, guide)
-        settings = replace(settings, warmup_share=0.0)
+        if unknown := start_from_peft(Path(adapter), model, guide):
+            lost = f"{adapter} has no {unknown[0]}: it is learned anew, in a warm-up"
+            warnings.warn(lost, stacklevel=2)
+        else:
+            settings = replace(settings, warmup_share=0.0)
+            config = replace(config, training=settings)
     phases = plan(
         data.steps(settings.epochs),
         (settings.warmup_share, settings.anneal_share, settings.joint_share),

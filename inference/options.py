@@ -28,7 +28,8 @@ class NetworkConfig:
         "all-linear", "all-linear (of the encoder's blocks), or a regular expression for paths"
     )
     init_adapter: str | None = _option(
-        None, "folder of a LoRA adapter that PEFT saved, to start from; there is no warm-up then"
+        None,
+        "folder of a LoRA adapter that PEFT saved, to start from; there is no warm-up if it has a head",
     )
     max_bits: Literal[4, 8, 16, 32] = _option(16, "widest level of a quantized tensor")
     quantized_tensors: list[str] = field(

@@ -121,22 +121,31 @@ def write_peft(model: nn.Module, stock: PreTrainedModel, backbone: str, folder: 
     return wrapped
 
 
-def start_from_peft(folder: Path, model: BayesianLoRA, guide: GateGuide) -> None:
+def start_from_peft(folder: Path, model: BayesianLoRA, guide: GateGuide) -> tuple[str, ...]:
     """Put model and guide where a LoRA adapter of PEFT left off; errors are those of `read_peft`.
 
     A class is its number there: an adapter that was trained with its classes in another order
     starts with them in this one.
+
+    Returns
+    -------
+    tuple of str
+        Trained parameters that neither the adapter nor the pretrained model has: the head of an
+        adapter that was saved without. They are drawn at random.
     """
-    guide.loc.data = read_peft(folder, model.network, guide.loc.detach())
+    guide.loc.data, unknown = read_peft(folder, model.network, guide.loc.detach())
     likelihood = model.likelihood
     if isinstance(likelihood, Regression):  # theirs is in units of the labels
         center, spread = float(likelihood.center), float(likelihood.spread)
         backbone = cast(PreTrainedModel, model.network.backbone)
         rescale_head(backbone, 1 / spread, -center / spread)
+    return unknown
 
 
 @torch.no_grad()
-def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
+def read_peft(
+    folder: Path, network: AdaptedNetwork, initial: Tensor
+) -> tuple[Tensor, tuple[str, ...]]:
     """Adapter weights with which a network computes what it does with a LoRA adapter of PEFT.
 
     Parameters
@@ -150,8 +159,8 @@ def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor
-        Flat vector, shape (P,).
+    tuple of Tensor and tuple of str
+        Flat vector, shape (P,); and trained parameters of the backbone that are not in the adapter.
 
     Raises
     ------
@@ -162,7 +171,14 @@ def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
     weights = initial.clone()
     parts = split_weights(weights, network.specs, network.rank)
     places = {spec.path: part for spec, part in zip(network.specs, parts, strict=True)}
-    for path in (name.removesuffix(LORA_A) for name in state if name.endswith(LORA_A)):
+    adapted = (
+        name.removesuffix(LORA_A).removesuffix(LORA_B)
+        for name in state
+        if name.endswith((LORA_A, LORA_B))
+    )
+    for path in dict.fromkeys(adapted):
+        if lacks := [n for n in (path + LORA_A, path + LORA_B) if n not in state]:
+            raise InputError(f"{folder} is damaged: it has no {lacks[0]}")
         lora_A, lora_B = state[path + LORA_A], state[path + LORA_B]
         rank = len(lora_A)
         if path not in places:
@@ -179,15 +195,16 @@ def read_peft(folder: Path, network: AdaptedNetwork, initial: Tensor) -> Tensor:
         factor = _scale(config, path, rank) / (network.alpha / network.rank)
         A[: len(values)] = values.sqrt()[:, None] * right
         B[:, : len(values)] = factor * left * values.sqrt()
-    trained = dict(network.backbone.named_parameters())
+    parameters = dict(network.backbone.named_parameters())
+    unknown = tuple(n for n, p in parameters.items() if p.requires_grad and n not in state)
     for name, tensor in state.items():  # the head
         if name.endswith((LORA_A, LORA_B)):
             continue
-        if name not in trained or trained[name].shape != tensor.shape:
+        if name not in parameters or parameters[name].shape != tensor.shape:
             raise InputError(f"{folder} has {name}, which does not fit this backbone and task")
-        trained[name].copy_(tensor)
-        trained[name].requires_grad_(True)  # part of the encoder or not, it was and is trained
-    return weights
+        parameters[name].copy_(tensor)
+        parameters[name].requires_grad_(True)  # part of the encoder or not, it was and is trained
+    return weights, unknown
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -198,6 +215,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(
             f"{folder} holds no adapter that PEFT saved as safetensors ({error})"
         ) from error
+    if not isinstance(config, dict) or not state:
+        raise InputError(f"{folder} holds no adapter: one of its two files is empty")
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder} holds an adapter of type {config.get('peft_type')}, not LORA")
     for option in ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication"):
@@ -214,6 +233,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     """Factor of B A in PEFT's layer."""
     patterns = config.get("alpha_pattern") or {}
-    alphas = [a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", path)]
-    alpha = float(alphas[0] if alphas else config["lora_alpha"])
+    try:
+        alphas = [a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", path)]
+        alpha = float(alphas[0] if alphas else config["lora_alpha"])
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"adapter_config.json is damaged: it has no alpha for {path}") from error
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

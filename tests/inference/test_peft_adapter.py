@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import bayes_lora
@@ -55,7 +56,8 @@ def test_the_network_starts_as_stock_peft_has_it(adapter, inputs, batch, changes
     folder, model = adapter(**changes)
     network = adapted(inputs)
     initial = network.initial_adapter_weights(torch.Generator().manual_seed(1))
-    weights = read_peft(folder, network, initial)
+    weights, unknown = read_peft(folder, network, initial)
+    assert unknown == ()
     batch["input_ids"] = batch["input_ids"] % 20
     with torch.no_grad():
         wanted = model(**batch).logits
@@ -77,8 +79,19 @@ def test_a_run_starts_there_without_a_warm_up(adapter, command, read_history, tm
     assert code == 0, err
     phases = [row["phase"] for row in read_history(tmp_path / "run")]
     assert list(dict.fromkeys(phases)) == ["anneal", "joint", "settle"]
+    assert read_run(tmp_path / "run").config.training.warmup_share == 0
     (folder / "adapter_config.json").unlink()  # the run no longer needs it
     assert len(read_run(tmp_path / "run").guide.loc)
+
+
+def test_an_adapter_without_its_head_is_warmed_up(adapter, command, read_history, tmp_path):
+    folder, _ = adapter()
+    file = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "classifier" not in k}, file)
+    with pytest.warns(UserWarning, match="has no classifier.weight: it is learned anew"):
+        code, _, err = command(init_adapter=folder, price=3, epochs=3)
+    assert code == 0, err
+    assert read_history(tmp_path / "run")[0]["phase"] == "warmup"
 
 
 @pytest.mark.parametrize(
@@ -98,15 +111,24 @@ def test_what_cannot_be_a_start_is_refused(adapter, inputs, options, changes, sa
         read_peft(folder, network, network.initial_adapter_weights())
 
 
-@pytest.mark.parametrize("damage", ["missing", "type", "head", "backbone"])
+@pytest.mark.parametrize("damage", ["missing", "type", "head", "backbone", "B", "list", "alpha"])
 def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
     folder, _ = adapter()
     network = adapted(inputs)
+    file, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    content = json.loads(file.read_text())
     if damage == "missing":
-        (folder / "adapter_model.safetensors").unlink()
+        tensors.unlink()
     elif damage == "type":
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "IA3"}))
+        file.write_text(json.dumps(content | {"peft_type": "IA3"}))
+    elif damage == "list":
+        file.write_text("[]")
+    elif damage == "alpha":
+        file.write_text(json.dumps(content | {"lora_alpha": None}))
+    elif damage == "B":
+        kept = load_file(tensors)
+        del kept[next(name for name in kept if name.endswith("lora_B.weight"))]
+        save_file(kept, tensors)
     elif damage == "head":
         network.backbone.classifier = torch.nn.Linear(16, 1)  # would broadcast
     else:
@@ -116,6 +138,9 @@ def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
         "type": "IA3",
         "head": "does not fit",
         "backbone": "another size",
+        "B": "has no .*lora_B",
+        "list": "is empty",
+        "alpha": "has no alpha",
     }
     with pytest.raises(InputError, match=said[damage]):
         read_peft(folder, network, network.initial_adapter_weights())
