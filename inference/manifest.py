@@ -58,8 +58,9 @@ class Manifest(NamedTuple):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the file whole or not at all."""
+    """Write the file whole or not at all; it names what the folder holds besides it."""
     content = manifest._asdict() | {"task": asdict(manifest.task)}
+    content["files"] = sorted(path.name for path in folder.iterdir())
     content["bayes_lora_version"] = version("bayes-lora")
     write_text(folder / NAME, json.dumps(content, indent=2) + "\n")
 
@@ -70,11 +71,16 @@ def read_manifest(folder: Path) -> Manifest:
     Raises
     ------
     InputError
-        If the file is not there, or damaged.
+        If the file is not there, or damaged, or a file that it names is not there.
     """
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
         content["task"] = task_of(content["task"])
-        return Manifest(**{name: content[name] for name in Manifest._fields})
+        manifest = Manifest(**{name: content[name] for name in Manifest._fields})
+        # without one of its own a tokenizer is made up, and predicts something
+        lost = [name for name in content["files"] if not (folder / name).exists()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / NAME} is damaged ({error}): export again") from error
+    if lost:
+        raise InputError(f"{folder} is damaged: {lost[0]} is not there; export again")
+    return manifest

@@ -29,7 +29,7 @@ class NetworkConfig:
     )
     init_adapter: str | None = _option(
         None,
-        "folder of a LoRA adapter that PEFT saved, to start from; there is no warm-up if it has a head",
+        "folder of a LoRA adapter that PEFT saved, to start from; with its head, no warm-up",
     )
     max_bits: Literal[4, 8, 16, 32] = _option(16, "widest level of a quantized tensor")
     quantized_tensors: list[str] = field(

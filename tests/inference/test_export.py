@@ -185,7 +185,7 @@ def test_stock_peft_loads_more_classes_as_the_card_says(decided_run, inputs, tmp
     code = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code.replace('"model"', repr(str(inputs / "model"))), names)
+    exec(code.replace('"BACKBONE"', repr(str(inputs / "model"))), names)
     found = read_run(folder)
     wanted, batch = logits(found)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """`bayes_lora.load` on runs and exports of tiny models: predictions, saving, damage."""
 
 import json
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -52,6 +53,29 @@ def test_a_damaged_export_is_refused(decided_run, tmp_path, damage):
     assert main(["export", str(folder), "--format", "packed", "--to", str(to)]) == 0
     (to / damage).write_bytes((to / damage).read_bytes()[:-50])
     with pytest.raises(bayes_lora.InputError, match="is damaged"):
+        bayes_lora.load(to)
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "config.json", "README.md"])
+def test_an_export_without_one_of_its_files_is_refused(decided_run, tmp_path, lost):
+    """Without its tokenizer.json a made-up one would predict something."""
+    to = tmp_path / "packed"
+    assert main(["export", str(decided_run()), "--format", "packed", "--to", str(to)]) == 0
+    (to / lost).unlink()
+    if lost == "README.md":  # which is for people
+        assert bayes_lora.load(to).predict(TEXTS)["label"].shape == (2,)
+        return
+    with pytest.raises(bayes_lora.InputError, match=f"{lost} is not there"):
+        bayes_lora.load(to)
+
+
+def test_an_export_whose_backbone_is_gone_says_so(decided_run, inputs, tmp_path):
+    model, to = tmp_path / "model", tmp_path / "peft"
+    copytree(inputs / "model", model)
+    folder = decided_run(backbone=model)
+    assert main(["export", str(folder), "--format", "peft", "--to", str(to)]) == 0
+    model.rename(tmp_path / "moved")
+    with pytest.raises(bayes_lora.InputError, match="needs its backbone: cannot load backbone"):
         bayes_lora.load(to)
 
 
