@@ -3,8 +3,9 @@ r"""Allocate ranks and bits under a budget, by what each is worth (`worth.py`).
 A decision's expected loss is the worth of all components and levels that it gives up; its costs
 are sums over layers. So every layer has a lower convex hull of loss against cost. The steps of all
 hulls, in the order of what they gain per unit of cost, pass through decisions of which each has the
-least loss at its cost. A budget takes as many steps as it pays for, and of the next one as much as
-is left for, so that a tighter budget never uses more.
+least loss at its cost. A budget takes every step that it still pays for. So a tighter budget never
+uses more, nor loses less: where two budgets first differ, the larger one takes a step that costs
+more than all that is left of the smaller, and gains more than that could.
 
 Source: Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE
 Transactions on Acoustics, Speech, and Signal Processing 36 (1988).
@@ -76,8 +77,8 @@ def allocate(
     Returns
     -------
     tuple of Gates and float
-        What is chosen, and how much log likelihood it is expected to lose against `decided`, nats.
-        If `decided` is within the budget, that, and 0.
+        What is chosen, and how much log likelihood it is expected to lose against `decided`, nats;
+        negative where `decided` keeps what its prior wants and the data do not.
 
     Raises
     ------
@@ -86,8 +87,6 @@ def allocate(
     """
     layers = [_Layer(network, decided, worth, index) for index in range(len(network.specs))]
     options = [layer.options(spec, cost) for layer, spec in zip(layers, network.specs, strict=True)]
-    if sum(float(costs.ravel()[-1]) for costs, _ in options) <= budget:
-        return decided, 0.0
     better = [better_options(costs.ravel(), losses.ravel()) for costs, losses in options]
     at = [
         (costs.ravel()[i], losses.ravel()[i])
@@ -104,12 +103,10 @@ def allocate(
     ]
     for step in sorted(steps, key=lambda step: (-step.slope, step.layer)):
         costs = at[step.layer][0]
-        within = costs[step.start : step.end + 1] - costs[step.start] <= left
-        end = step.start + int(within.sum()) - 1
-        left -= float(costs[end] - costs[step.start])
-        chosen[step.layer] = end
-        if end < step.end:
-            break
+        price = float(costs[step.end] - costs[step.start])
+        if chosen[step.layer] == step.start and price <= left:  # those before it are taken
+            chosen[step.layer] = step.end
+            left -= price
     gates = decided.map(torch.zeros_like)
     for layer, (costs, _), i, place in zip(layers, options, better, chosen, strict=True):
         layer.open(gates, tuple(map(int, np.unravel_index(i[place], costs.shape))))

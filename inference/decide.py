@@ -141,8 +141,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:28}" + "".join(f"{row[name]:>12.5g}" for row in rows))
     if loss is not None:
         print(
-            "expected loss of log likelihood on the training set, against "
-            f"{MORE_PROBABLE_SIDE}: {loss:.1f} nats"
+            f"expected log likelihood of the training set, against {MORE_PROBABLE_SIDE}: "
+            f"{-loss:+.1f} nats"
         )
     path = options.run / "decision.json"
     write_decision(path, found.model.network, new, by)

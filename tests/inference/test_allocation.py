@@ -29,7 +29,7 @@ def case(backbone):
             target_modules=r".*(query|intermediate\.dense)",
             quantized_tensors=("weight", "A", "input"),
         )  # fmt: skip
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator().manual_seed(4)
         worth = Gates(
             10 * torch.rand(2, 2, generator=generator).double() - 2,
             10 * torch.rand(2, 3, 1, generator=generator).double() - 2,
@@ -77,21 +77,21 @@ def test_every_budget_is_met_at_little_loss(case, structure, cost, count):
 
     all_of = [(cost_of(g), lost(decided, worth, g)) for g in everything(network, decided)]
     least, most = min(c for c, _ in all_of), cost_of(decided)
-    used, lost_by_budget, optimal = [], [], []
+    used, losses, optimal = [], [], []
     for budget in np.linspace(least, most, 23):
         gates, loss = allocate(network, decided, worth, cost, budget)
         used.append(cost_of(gates))
         assert used[-1] <= budget * (1 + 1e-9)
         assert all((g <= d).all() for g, d in zip(gates, decided, strict=True))
         assert loss == pytest.approx(lost(decided, worth, gates), abs=1e-9)
-        if budget < most:
-            lost_by_budget.append(loss)
-            optimal.append(loss <= min(v for c, v in all_of if c <= budget + 1e-9) + 1e-9)
+        losses.append(loss)
+        optimal.append(loss <= min(v for c, v in all_of if c <= budget + 1e-9) + 1e-9)
     assert used == sorted(used)  # a tighter budget never uses more
-    assert lost_by_budget == sorted(lost_by_budget, reverse=True)  # nor loses less
+    assert losses == sorted(losses, reverse=True)  # nor loses less
     assert len(set(used)) > 2
     assert sum(optimal) > len(optimal) / 2  # of all that the budget pays for
-    assert allocate(network, decided, worth, cost, most)[0] is decided
+    assert losses[-1] == pytest.approx(min(v for _, v in all_of))
+    assert losses[-1] < 0  # some are worth less than nothing
     if least > 0:
         with pytest.raises(ValueError, match="left with every gate closed"):
             allocate(network, decided, worth, cost, least * 0.999)
