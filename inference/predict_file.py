@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -27,96 +27,15 @@ from bayes_lora.inference.files import write_text
 from bayes_lora.inference.loading import FineTuned, load
 from bayes_lora.inference.manifest import NAME as MANIFEST
 from bayes_lora.inference.quiet import quiet
+from bayes_lora.inference.rows import SUFFIXES, Row, read_rows
 
 CHUNK = 256  # rows in memory at a time, and between two writes
 SHOWN = 20  # rows that could not be read
-SUFFIXES = (".jsonl", ".csv")
 FIELDS = {
     False: ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
     True: ("label", "variance", "variance_data", "variance_posterior"),
 }
 """Columns of the output, by whether the task is a regression."""
-
-
-class Row(NamedTuple):
-    """One row of the input: its line, and its texts or what is wrong with it."""
-
-    line: int
-    texts: tuple[str, ...]
-    error: str = ""
-
-
-def read_rows(file: TextIO, suffix: str, columns: Sequence[str]) -> Iterator[Row]:
-    """Read rows one at a time; blank lines of JSON are left out.
-
-    Parameters
-    ----------
-    file : text file
-        Open for reading, with ``newline=""``.
-    suffix : str
-        `.jsonl`, one object a line, or `.csv`, with a header.
-    columns : sequence of str
-        Those of the texts.
-
-    Raises
-    ------
-    InputError
-        If a csv file lacks a column.
-    """
-    if suffix != ".csv":
-        return _json_rows(file, columns)
-    table = csv.reader(file, strict=True)
-    try:
-        header = next(table, [])
-    except csv.Error as error:
-        raise InputError(f"the header of the input is no csv: {error}") from error
-    if missing := [name for name in columns if name not in header]:
-        has = ", ".join(header) or "none"
-        raise InputError(f"the input has no column {missing[0]!r}; it has {has}")
-    return _csv_rows(table, header, columns)
-
-
-def _json_rows(file: TextIO, columns: Sequence[str]) -> Iterator[Row]:
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield Row(line, (), f"not JSON: {error}")
-            continue
-        yield _row(line, row, columns, "" if isinstance(row, dict) else "not a JSON object")
-
-
-def _csv_rows(
-    table: Iterator[list[str]], header: Sequence[str], columns: Sequence[str]
-) -> Iterator[Row]:
-    while True:
-        before = table.line_num  # type: ignore[attr-defined]  # a reader has it
-        try:
-            values = next(table, None)
-        except csv.Error as error:
-            last = table.line_num  # type: ignore[attr-defined]
-            yield Row(before + 1, (), f"not csv up to line {last}: {error}")
-            continue
-        if values is None:
-            return
-        if values:  # a blank line is no row
-            wrong = "" if len(values) == len(header) else f"{len(values)} values for {len(header)}"
-            row = {name: value or None for name, value in zip(header, values, strict=False)}
-            yield _row(before + 1, row, columns, wrong)
-
-
-def _row(line: int, row: Any, columns: Sequence[str], error: str) -> Row:  # noqa: ANN401 (as read)
-    if error:
-        return Row(line, (), error)
-    for name in columns:
-        value = row.get(name)
-        if not isinstance(value, str):
-            return Row(line, (), f"{name} is {'missing' if value is None else 'no text'}")
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            return Row(line, (), f"{name} is not UTF-8")
-    return Row(line, tuple(row[name] for name in columns))
 
 
 def answers(model: FineTuned, rows: Sequence[Row], draws: int, seed: int) -> list[dict[str, Any]]:
@@ -268,6 +187,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if bad > len(first):
         print(f"and {bad - len(first)} more, with their `error` in the output", file=sys.stderr)
     print(f"{total} rows, {bad} of them could not be read, in {options.output}")
+    if total and bad == total:
+        raise InputError(f"no row of {options.input} could be read")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Predictions of files on a tiny model: order, bad rows, resumption, memory."""
 
 import csv
+import io
 import json
 import os
 
@@ -11,6 +12,7 @@ import bayes_lora
 from bayes_lora.inference import predict_file
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.loading import FineTuned
+from bayes_lora.inference.rows import read_rows
 
 TEXTS = [f"the {noun} {verb} {'here ' * (i % 3)}." for i in range(3)
          for noun in ("key", "dogs", "cabinet") for verb in ("is", "sing")]  # fmt: skip
@@ -69,16 +71,54 @@ def test_csv_in_and_out(predict, tmp_path):
         table = csv.writer(file)
         table.writerow(["id", "sentence"])
         table.writerows([[1, "the key is here ."], [2, "the dogs,\nsing"], [3, ""]])
-        file.write('\n\n4,the key,sings\n5,the dogs sing\n6,"open to the end\n7,lost\n')
+        file.write('\n\n4,the key,sings\n5,the dogs sing\n6,"open to the end\n7,the key\n')
     code, out, err, rows = predict(source, ".csv")
     assert code == 0
-    assert [row["line"] for row in rows] == ["2", "3", "5", "8", "9", "10"]
-    assert [bool(row["label"]) for row in rows] == [True, True, False, False, True, False]
-    assert rows[2]["error"] == "sentence is missing"
+    assert [row["line"] for row in rows] == ["2", "3", "5", "8", "9", "10", "11"]
+    assert [bool(row["label"]) for row in rows] == [True, True, False, False, True, False, True]
+    assert rows[2]["error"] == "sentence is empty"
     assert rows[3]["error"] == "3 values for 2"
-    assert rows[5]["error"].startswith("not csv up to line 11")
-    assert "line 5: sentence is missing" in err
-    assert "6 rows, 3 of them" in out
+    assert rows[5]["error"].endswith("a quote is not closed")
+    assert "line 5: sentence is empty" in err
+    assert "7 rows, 3 of them" in out
+
+
+def rows_of(text, columns=("sentence",)):
+    return [*read_rows(io.StringIO(text, newline=""), ".csv", columns)]
+
+
+@pytest.mark.parametrize("closed", ["", '"b', 'b"c,9', 'b",9,9'])
+@pytest.mark.parametrize("number", [5, 20_000])
+def test_a_quote_that_is_not_closed_costs_one_line(number, closed):
+    """Whatever comes behind them, the rows after it are read; without end, no memory is filled."""
+    texts = [f"text {i}" for i in range(number)]
+    many = "".join(f"{i},{text}\n" for i, text in enumerate(texts))
+    rows = rows_of(f'id,sentence\n0,before\n1,"lost\n{many}{closed}\n')
+    assert [row.texts[0] for row in rows[: number + 2] if not row.error] == ["before", *texts]
+    assert (rows[1].line, rows[1].error.endswith("a quote is not closed")) == (3, True)
+    assert len(rows) <= number + 3
+
+
+def test_lines_of_good_records_stay_together():
+    rows = rows_of('id,sentence\n1,"a\n""b"",\nc"\n2,d\n')
+    assert [(row.line, row.texts) for row in rows] == [(2, ('a\n"b",\nc',)), (5, ("d",))]
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [("id;sentence", "separated by commas; it has id;sentence"), ("sentence,sentence", "has 2")],
+)
+def test_a_header_that_does_not_name_the_column_once(header, said):
+    with pytest.raises(bayes_lora.InputError, match=said):
+        rows_of(f"{header}\n1,2\n")
+
+
+def test_no_row_that_can_be_read_is_an_error(predict, tmp_path):
+    code, out, err, rows = predict(lines(tmp_path / "in.jsonl", [{"text": "a"}, {"sentence": ""}]))
+    assert code == 2
+    assert "2 rows, 2 of them" in out
+    assert "no row of" in err
+    assert [row["error"] for row in rows] == ["sentence is missing", "sentence is empty"]
 
 
 def test_bad_rows_are_counted_and_the_rest_is_predicted(predict, tmp_path):
@@ -169,7 +209,7 @@ def test_memory_is_that_of_a_chunk(run, tmp_path, monkeypatch):
     [
         ("in.txt", [], "must end in .jsonl or .csv"),
         ("nosuch.jsonl", [], "there is no file"),
-        ("in.csv", [], "has no column 'sentence'; it has text"),
+        ("in.csv", [], "has no column 'sentence', separated by commas; it has text"),
         ("bad.csv", [], "header of the input is no csv"),
         ("in.jsonl", ["--draws", "-1"], "draws must be at least 0"),
     ],
