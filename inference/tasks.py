@@ -67,7 +67,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("agreement", ("sentence",), ("accuracy",), _ACCEPTABILITY),
-        Task("cola", ("sentence",), ("matthews",), _ACCEPTABILITY),
+        Task("cola", ("sentence",), ("matthews", "accuracy"), _ACCEPTABILITY),
         Task("sst2", ("sentence",), ("accuracy",), ("negative", "positive")),
         Task("mrpc", _PAIR, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
         Task("qqp", ("question1", "question2"), ("accuracy", "f1"), ("not_duplicate", "duplicate")),
