@@ -23,6 +23,10 @@ COMMANDS = {
 }
 """Modules beside this one; each has a function `run`, and heavy imports, so only one is loaded."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO)
+"""What a disk refuses, which is no fault of the program."""
+
 USAGE = """usage: bayes-lora COMMAND [--help] ...
 
 commands:
@@ -50,8 +54,8 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
     Returns
     -------
     int
-        Exit code: 0, 2 for wrong input or a full disk, 1 for a numerical failure, 128 and the
-        signal's number if one stopped it: 130 for Ctrl-C, 143 for SIGTERM.
+        Exit code: 0, 2 for wrong input or a disk that takes nothing, 1 for a numerical failure,
+        128 and the signal's number if one stopped it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         command(arguments)
@@ -62,9 +66,11 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
         print(f"bayes-lora: numerical failure: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (*FULL, *CLOSED):
             raise
-        print(f"bayes-lora: error: {error.strerror}: free some, and go on", file=sys.stderr)
+        where = error.filename or "a disk"
+        advice = "free some" if error.errno in FULL else "make it writable, or name another folder"
+        print(f"bayes-lora: error: {error.strerror}, {where}: {advice}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"bayes-lora: {error.message}", file=sys.stderr)

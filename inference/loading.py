@@ -160,13 +160,22 @@ class FineTuned:
     def push_to_hub(
         self, repo_id: str, form: str = "packed", with_base: bool = True, private: bool = False
     ) -> str:
-        """Put an export on the hub, and return its address; see `save_pretrained`."""
+        """Put an export on the hub, and return its address; see `save_pretrained`.
+
+        Raises
+        ------
+        InputError
+            As of `save_pretrained`, or if the hub cannot be reached or refuses.
+        """
         api = HfApi()
         with TemporaryDirectory() as parent:
             folder = Path(parent) / "export"
             self.save_pretrained(folder, form, with_base)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+            except Exception as error:  # whatever the hub's client raises
+                raise InputError(f"the hub does not take {repo_id} ({_short(error)})") from error
 
 
 def load(name: str | Path, device: str | torch.device = "cpu") -> FineTuned:
@@ -201,11 +210,14 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> FineTuned:
             folder = Path(snapshot_download(str(name)))
         except Exception as error:  # whatever the hub's client raises
             raise InputError(
-                f"there is no folder {name}, and no such model on the hub "
-                f"({' '.join(str(error).split())[:120]})"
+                f"there is no folder {name}, and no such model on the hub ({_short(error)})"
             ) from error
     kind = _export if (folder / NAME).is_file() else _run
     return kind(folder, torch.device(device))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _run(folder: Path, device: torch.device) -> FineTuned:
@@ -239,8 +251,7 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
             RuntimeError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder} is damaged ({reason}): export again") from error
+        raise InputError(f"{folder} is damaged ({_short(error)}): export again") from error
     return FineTuned(
         folder, manifest.task, tokenizer, manifest.max_length, device,
         lambda batch: manifest.distribution(network(**batch).logits),

@@ -1,5 +1,7 @@
 """Everything a user can get wrong with the command is one line, and nothing is lost."""
 
+import errno
+import os
 import re
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bayes_lora.inference import assemble
+from bayes_lora.inference.cli import report_errors
 from bayes_lora.models.priors import CostWeightedGates, IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork
 
@@ -148,3 +151,24 @@ def test_an_option_that_the_prior_of_the_page_does_not_have(
     code, _, err = command(**{option: 0.5})
     assert code == 2
     assert f"{says} is not for the {type(page).__name__} of models/priors.py" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "free some"), (errno.EROFS, "make it writable")]
+)
+def test_what_a_disk_refuses_is_one_line(number, advice, capsys):
+    def command(words):
+        raise OSError(number, os.strerror(number), "runs/a")
+
+    assert report_errors(command, []) == 2
+    error = capsys.readouterr().err
+    assert f"{os.strerror(number)}, runs/a: {advice}" in error
+    assert error.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def command(words):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "template")
+
+    with pytest.raises(FileNotFoundError):
+        report_errors(command, [])

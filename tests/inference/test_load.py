@@ -110,6 +110,16 @@ def test_the_hub_gets_the_folder(decided_run, monkeypatch):
     assert {"README.md", "bayes_lora.json", "packed.safetensors"} <= set(sent["files"])
 
 
+def test_a_hub_that_refuses_is_one_line(decided_run, monkeypatch):
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            raise OSError("401\nlog in")
+
+    monkeypatch.setattr(loading, "HfApi", Api)
+    with pytest.raises(bayes_lora.InputError, match=r"does not take me/tiny \(401 log in\)"):
+        bayes_lora.load(decided_run()).push_to_hub("me/tiny")
+
+
 @pytest.mark.parametrize("form", ["peft", "merged", "packed"])
 def test_a_regression_is_exported_in_units_of_its_labels(decided_run, inputs, tmp_path, form):
     files = {f"{split}_file": inputs / f"{split}_scores.jsonl" for split in ("train", "validation")}
