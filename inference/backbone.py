@@ -96,12 +96,14 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"backbone {name!r} is no model folder: it has no config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # without a word transformers asks at the terminal whether to run a model's own code
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=num_labels,
             ignore_mismatched_sizes=True,  # the head of another task is drawn anew
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # what a broken file raises depends on the library that reads it
         reason = " ".join(str(error).split())[:200]

@@ -63,7 +63,7 @@ def meta_network(
     """
     name = located(backbone)
     try:
-        config = AutoConfig.from_pretrained(name, num_labels=2)
+        config = AutoConfig.from_pretrained(name, num_labels=2, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config).float()
     except Exception as error:  # what a broken file raises depends on the library that reads it

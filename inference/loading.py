@@ -246,7 +246,7 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
     manifest = read_manifest(folder)
     try:
         network = _network(folder, manifest).eval().to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except InputError:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
@@ -260,10 +260,13 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
 
 def _network(folder: Path, manifest: Manifest) -> nn.Module:
     if manifest.form == "merged":
-        return cast(nn.Module, AutoModelForSequenceClassification.from_pretrained(folder))
+        return cast(
+            nn.Module,
+            AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False),
+        )
     if manifest.form == "packed":
         if manifest.with_base:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_config(config)
         else:
             model = _stock(folder, manifest)
