@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -50,6 +51,11 @@ def located(name: str | None) -> str:
 def absolute(name: str) -> str:
     """The name of a backbone so that it means the same from every folder."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that has an infinite entry, or one that is no number."""
+    return next((n for n, t in tensors.items() if not torch.isfinite(t).all()), None)
 
 
 class Backbone(NamedTuple):
@@ -121,6 +127,8 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
             f"{name} lacks weights of its encoder ({lost[0]}, {len(lost)} layers in all): "
             "is it a pretrained model of this architecture?"
         )
+    if bad := not_finite(dict(model.named_parameters())):
+        raise InputError(f"{name} is damaged: {bad} is not finite")
     _fit_together(name, model, tokenizer)
     return Backbone(model.float(), tokenizer, new)
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from bayes_lora.decided import DecidedLinear
 from bayes_lora.errors import InputError
 from bayes_lora.flat_weights import split_weights
-from bayes_lora.inference.backbone import rescale_head
+from bayes_lora.inference.backbone import not_finite, rescale_head
 from bayes_lora.inference.truncation import singular_components
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Regression
@@ -217,6 +217,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     if not isinstance(config, dict) or not state:
         raise InputError(f"{folder} holds no adapter: one of its two files is empty")
+    if bad := not_finite(state):
+        raise InputError(f"{folder} is damaged: {bad} is not finite")
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder} holds an adapter of type {config.get('peft_type')}, not LORA")
     for option in ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication"):

@@ -13,7 +13,8 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn import Module
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -144,10 +145,11 @@ def fit(
             accelerator.backward(loss)
             accelerator.unscale_gradients(optimizer)
             for group in optimizer.param_groups:  # apart: a price must not slow the weights
-                norm = clip_grad_norm_(group["params"], optimisation.max_grad_norm)
+                norm = get_total_norm([p.grad for p in group["params"] if p.grad is not None])
                 # a scaler skips steps that overflow
                 if accelerator.scaler is None and not torch.isfinite(norm):
-                    raise _not_finite(record)
+                    raise _not_finite(record, module)
+                clip_grads_with_norm_(group["params"], optimisation.max_grad_norm, norm)
             optimizer.step()
             scheduler.step()
             # not before: while the KL weight rises, the price has only part of its effect
@@ -209,9 +211,13 @@ def record_step(
     return record
 
 
-def _not_finite(record: Record) -> NumericalError:
-    numbers = {k: v for k, v in record.items() if isinstance(v, float)}
-    wrong = [k for k, v in numbers.items() if not math.isfinite(v)] or ["gradient"]
+def _not_finite(record: Record, module: Module | None = None) -> NumericalError:
+    """Name the terms of the loss; if a module is given, the parameters by their gradients."""
+    if module is None:
+        wrong = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    else:
+        gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        wrong = [f"gradient of {n}" for n, g in gradients.items() if not torch.isfinite(g).all()]
     return NumericalError(
         f"step {record['step']}, phase {record['phase']}: {', '.join(wrong)} not finite; "
         "the last parameters with a finite loss were kept. Try a lower --learning_rate"

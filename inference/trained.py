@@ -22,7 +22,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors
-from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.backbone import load_backbone, not_finite
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task, tokenize
@@ -171,6 +171,8 @@ def _fill(module: torch.nn.Module, path: Path) -> None:
         raise InputError(
             f"{path.name} does not go with the backbone and the configuration of this run: {error}"
         ) from error
-    for name, parameter in module.named_parameters():
-        if name in state:
-            parameter.requires_grad_(True)  # whatever was saved was trained
+    saved = {name: p for name, p in module.named_parameters() if name in state}
+    if bad := not_finite(saved):
+        raise InputError(f"{path} is damaged, {bad} is not finite: train again")
+    for parameter in saved.values():
+        parameter.requires_grad_(True)  # whatever was saved was trained

@@ -3,13 +3,14 @@
 import errno
 import os
 import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bayes_lora.inference import assemble
-from bayes_lora.inference.cli import report_errors
+from bayes_lora.inference.cli import main, report_errors
 from bayes_lora.models.priors import CostWeightedGates, IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork
 
@@ -111,6 +112,49 @@ def test_a_loss_that_is_not_finite_names_step_phase_and_term(
     # the last weights with a finite loss, not those that the last update made of them
     assert torch.equal(guide["loc"], seen[7])
     assert not torch.equal(guide["loc"], seen[8])
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter(command, monkeypatch):
+    forward = AdaptedNetwork.forward
+
+    def breaks(self, batch, latents):
+        self.backbone.classifier.bias.register_hook(lambda g: g * torch.nan)
+        return forward(self, batch, latents)
+
+    monkeypatch.setattr(AdaptedNetwork, "forward", breaks)
+    code, _, err = command()
+    assert code == 1
+    assert err.count("\n") == 1
+    found = re.search("step 0, phase warmup: gradient of (.*) not finite", err)
+    assert found is not None
+    assert found[1].endswith("classifier.bias")
+    assert "," not in found[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_backbone_that_is_not_finite_is_refused_by_name(command, inputs, tmp_path, value):
+    folder = shutil.copytree(inputs / "model", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    weights[name][3, 2] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code, _, err = command(backbone=folder)
+    assert code == 2
+    assert f"{name} is not finite" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["guide.safetensors", "head.safetensors"])
+def test_a_run_that_is_not_finite_is_refused_by_name(command, tmp_path, file, capsys):
+    assert command(epochs=1)[0] == 0
+    path = tmp_path / "run" / file
+    weights = load_file(path)
+    name = next(n for n in weights if n in ("loc", "network.backbone.classifier.weight"))
+    weights[name].view(-1)[1] = torch.nan
+    save_file(weights, path)
+    capsys.readouterr()
+    assert main(["decide", str(tmp_path / "run")]) == 2
+    assert f"{file} is damaged, {name} is not finite" in capsys.readouterr().err
 
 
 def test_parameters_of_the_very_last_step_are_looked_at_too(command, tmp_path):
