@@ -96,11 +96,13 @@ def allocate(
     left = budget - sum(float(costs[0]) for costs, _ in at)
     if left < 0:
         raise ValueError("the budget is below what is left with every gate closed")
-    steps = [
-        _Step((losses[start] - losses[end]) / (costs[end] - costs[start]), layer, start, end)
-        for layer, (costs, losses) in enumerate(at)
-        for start, end in pairwise(lower_hull(costs, losses))
-    ]
+    steps = []
+    for index, (costs, losses) in enumerate(at):
+        slope = np.inf
+        for start, end in pairwise(lower_hull(costs, losses)):
+            # rounding must not change the order of a layer's steps
+            slope = min(slope, (losses[start] - losses[end]) / (costs[end] - costs[start]))
+            steps.append(_Step(slope, index, start, end))
     for step in sorted(steps, key=lambda step: (-step.slope, step.layer)):
         costs = at[step.layer][0]
         price = float(costs[step.end] - costs[step.start])

@@ -55,7 +55,7 @@ def absolute(name: str) -> str:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor that has an infinite entry, or one that is no number."""
-    return next((n for n, t in tensors.items() if not torch.isfinite(t).all()), None)
+    return next((n for n, t in tensors.items() if not torch.isfinite(t.float()).all()), None)
 
 
 class Backbone(NamedTuple):

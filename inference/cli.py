@@ -24,8 +24,15 @@ COMMANDS = {
 """Modules beside this one; each has a function `run`, and heavy imports, so only one is loaded."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO)
-"""What a disk refuses, which is no fault of the program."""
+ADVICE = {
+    **dict.fromkeys(FULL, "free some, and go on"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or name another"
+    ),
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.EIO: "the disk does not read or write it",
+}
+"""What a disk refuses, which is no fault of the program, and what to do."""
 
 USAGE = """usage: bayes-lora COMMAND [--help] ...
 
@@ -54,7 +61,7 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
     Returns
     -------
     int
-        Exit code: 0, 2 for wrong input or a disk that takes nothing, 1 for a numerical failure,
+        Exit code: 0, 2 for wrong input or what a disk refuses, 1 for a numerical failure,
         128 and the signal's number if one stopped it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
@@ -66,11 +73,11 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
         print(f"bayes-lora: numerical failure: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (*FULL, *CLOSED):
+        if error.errno not in ADVICE or (error.errno not in FULL and error.filename is None):
             raise
-        where = error.filename or "a disk"
-        advice = "free some" if error.errno in FULL else "make it writable, or name another folder"
-        print(f"bayes-lora: error: {error.strerror}, {where}: {advice}", file=sys.stderr)
+        where = "" if error.filename is None else f", {error.filename}"
+        advice = ADVICE[error.errno]
+        print(f"bayes-lora: error: {error.strerror}{where}: {advice}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"bayes-lora: {error.message}", file=sys.stderr)

@@ -47,7 +47,7 @@ def meta_network(
     ----------
     backbone : str or None
         Model name on the hub, a folder with `config.json`, or such a file itself; None for
-        `default_backbone`.
+        `backbone.DEMO`.
     rank, target_modules, quantized_tensors
         As of `AdaptedNetwork`.
 
@@ -65,7 +65,9 @@ def meta_network(
     try:
         config = AutoConfig.from_pretrained(name, num_labels=2, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config).float()
+            model = AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=False
+            ).float()
     except Exception as error:  # what a broken file raises depends on the library that reads it
         reason = " ".join(str(error).split())[:200]
         raise InputError(

@@ -142,7 +142,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if loss is not None:
         print(
             f"expected log likelihood of the training set, against {MORE_PROBABLE_SIDE}: "
-            f"{0.0 - loss:+.1f} nats"
+            f"{0.0 - round(loss, 1):+.1f} nats"
         )
     path = options.run / "decision.json"
     write_decision(path, found.model.network, new, by)

@@ -17,6 +17,7 @@ from bayes_lora.inference.tasks import Task
 from bayes_lora.inference.trained import task_of
 
 NAME = "bayes_lora.json"
+FOR_PEOPLE = {"README.md", "merge_report.json"}
 
 
 class Manifest(NamedTuple):
@@ -58,9 +59,9 @@ class Manifest(NamedTuple):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the file whole or not at all; it names what the folder holds besides it."""
+    """Write the file whole or not at all; it names what else in the folder is to be read."""
     content = manifest._asdict() | {"task": asdict(manifest.task)}
-    content["files"] = sorted(path.name for path in folder.iterdir())
+    content["files"] = sorted({path.name for path in folder.iterdir()} - FOR_PEOPLE)
     content["bayes_lora_version"] = version("bayes-lora")
     write_text(folder / NAME, json.dumps(content, indent=2) + "\n")
 

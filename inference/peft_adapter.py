@@ -12,6 +12,7 @@ gates take components in that order; components beyond their rank start as new o
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -180,6 +181,8 @@ def read_peft(
         if lacks := [n for n in (path + LORA_A, path + LORA_B) if n not in state]:
             raise InputError(f"{folder} is damaged: it has no {lacks[0]}")
         lora_A, lora_B = state[path + LORA_A], state[path + LORA_B]
+        if lora_A.ndim != 2 or lora_B.ndim != 2 or not 0 < len(lora_A) == lora_B.shape[1]:
+            raise InputError(f"{folder} is damaged: A and B at {path} have no rank in common")
         rank = len(lora_A)
         if path not in places:
             raise InputError(
@@ -238,6 +241,8 @@ def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     try:
         alphas = [a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", path)]
         alpha = float(alphas[0] if alphas else config["lora_alpha"])
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
-        raise InputError(f"adapter_config.json is damaged: it has no alpha for {path}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, re.error):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise InputError(f"adapter_config.json is damaged: it has no alpha for {path}")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

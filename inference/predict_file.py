@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -83,7 +84,10 @@ def predict_file(
     settings = target.with_name(target.name + ".settings")
     parts = ("decision.json", "guide.safetensors", "head.safetensors", MANIFEST)
     read = [source, *(path for name in parts if (path := model.folder / name).exists())]
-    mine = json.dumps([[str(path), path.stat().st_mtime_ns] for path in read] + [draws, seed])
+    mine = json.dumps(
+        [[str(path), path.stat().st_mtime_ns] for path in read]
+        + [draws, seed, version("bayes-lora")]
+    )
     if partial.exists() and (not settings.exists() or settings.read_text() != mine):
         raise InputError(
             f"{partial} is of another command, or of another state of the input or the run: "

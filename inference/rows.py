@@ -1,7 +1,8 @@
-"""Read texts from a file row by row, where one row that cannot be read costs no other.
+"""Read texts from a file row by row; a row that cannot be read is told, and the next one read.
 
-In csv a quote that is not closed takes in the lines behind it, up to the next quote. So of a record
-of several lines that cannot be read only the first line is given up; the others are read again.
+In csv a quote that is not closed takes in the lines behind it. So of several lines that are no csv,
+only the first is given up, and the others are read again. (Where a later quote happens to close it,
+the lines between are a text of several lines to anybody.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 from bayes_lora.errors import InputError
 
 SUFFIXES = (".jsonl", ".csv")
+LONGEST = csv.field_size_limit()  # characters of a csv row of several lines
 
 
 class Row(NamedTuple):
@@ -78,19 +80,24 @@ class _Lines:
         self.file = file
         self.again: deque[str] = deque()
         self.record: list[str] = []
-        self.before = 0  # lines before the record
+        self.size = 0  # characters of it
+        self.before = 0  # lines before it
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         self.record.append(self.again.popleft() if self.again else next(self.file))
+        self.size += len(self.record[-1])
+        if len(self.record) > 1 and self.size > LONGEST:
+            raise csv.Error("a quote is not closed")
         return self.record[-1]
 
     def start(self) -> None:
         """The last record is read; the next one begins."""
         self.before += len(self.record)
         self.record.clear()
+        self.size = 0
 
     def keep_one(self) -> None:
         """All lines of this record but the first are read again."""
@@ -105,19 +112,17 @@ def _csv_rows(lines: _Lines, header: Sequence[str], columns: Sequence[str]) -> I
         try:
             values = next(csv.reader(lines, strict=True), None)
             wrong = f"{len(values or ())} values for {len(header)}"
+            if len(lines.record) > 1:
+                wrong += f", in {len(lines.record)} lines"
         except csv.Error as error:
             wrong = f"not csv: {error}"
+            lines.keep_one()
         if values is None:
             return
-        if len(values) == len(header):
-            wrong = ""
-        elif len(lines.record) > 1:
-            lines.keep_one()
-            wrong += ", a quote is not closed"
-        elif not lines.record[0].strip():
-            continue
-        row = dict(zip(header, values, strict=False))
-        yield _row(lines.before + 1, row, columns, wrong)
+        if "".join(lines.record).strip():
+            row = dict(zip(header, values, strict=False))
+            wrong = wrong if len(values) != len(header) else ""
+            yield _row(lines.before + 1, row, columns, wrong)
 
 
 def _row(line: int, row: Any, columns: Sequence[str], error: str) -> Row:  # noqa: ANN401 (as read)

@@ -43,22 +43,19 @@ def held_back() -> Iterator[Pending]:
 
     def note(number: int, frame: FrameType | None) -> None:
         pending.signal = number
-        restore()
 
-    with handled(note, signal.SIGTERM, signal.SIGINT) as restore:
+    with handled(note, signal.SIGTERM, signal.SIGINT):
         yield pending
 
 
 @contextmanager
-def handled(
-    handler: Callable[[int, FrameType | None], None], *numbers: int
-) -> Iterator[Callable[[], None]]:
-    """Have signals handled inside the block, or until what it yields is called.
+def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Have the first of some signals handled inside the block; after it all are as they were.
 
     Only the main thread has signals; elsewhere nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield
         return
     before = {number: signal.getsignal(number) for number in numbers}
 
@@ -66,9 +63,13 @@ def handled(
         for number, earlier in before.items():
             signal.signal(number, earlier)
 
+    def once(number: int, frame: FrameType | None) -> None:
+        restore()
+        handler(number, frame)
+
     for number in before:
-        signal.signal(number, handler)
+        signal.signal(number, once)
     try:
-        yield restore
+        yield
     finally:
         restore()

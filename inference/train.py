@@ -218,6 +218,7 @@ def _not_finite(record: Record, module: Module | None = None) -> NumericalError:
     else:
         gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
         wrong = [f"gradient of {n}" for n, g in gradients.items() if not torch.isfinite(g).all()]
+        wrong = wrong or ["norm of the gradient"]
     return NumericalError(
         f"step {record['step']}, phase {record['phase']}: {', '.join(wrong)} not finite; "
         "the last parameters with a finite loss were kept. Try a lower --learning_rate"

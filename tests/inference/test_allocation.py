@@ -97,6 +97,20 @@ def test_every_budget_is_met_at_little_loss(case, structure, cost, count):
             allocate(network, decided, worth, cost, least * 0.999)
 
 
+def test_equal_worths_keep_their_order(backbone):
+    """Slopes of one layer that differ by rounding alone: without end, a budget takes all steps."""
+    network = AdaptedNetwork(backbone(num_hidden_layers=1), rank=3, alpha=3.0)
+    shape = network.rank_gate_shape
+    decided = Gates(torch.ones(shape), None)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        each = torch.rand(shape[0], 1, generator=generator).double() * 1e-3
+        worth = Gates(each.expand(shape).clone(), None)
+        gates, loss = allocate(network, decided, worth, layer_bops, 1e30)
+        assert gates.rank_gate.all()
+        assert loss == 0
+
+
 def test_the_hull_is_the_one_of_all_lines_below():
     generator = np.random.default_rng(5)
     costs, losses = generator.integers(0, 30, 200) / 2, generator.normal(size=200)

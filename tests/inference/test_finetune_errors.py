@@ -131,6 +131,19 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(command, monkeypatch)
     assert "," not in found[1]
 
 
+def test_a_gradient_whose_norm_overflows_is_told(command, monkeypatch):
+    forward = AdaptedNetwork.forward
+
+    def breaks(self, batch, latents):
+        self.backbone.classifier.bias.register_hook(lambda g: torch.full_like(g, 1e30))
+        return forward(self, batch, latents)
+
+    monkeypatch.setattr(AdaptedNetwork, "forward", breaks)
+    code, _, err = command()
+    assert code == 1
+    assert "step 0, phase warmup: norm of the gradient not finite" in err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_backbone_that_is_not_finite_is_refused_by_name(command, inputs, tmp_path, value):
     folder = shutil.copytree(inputs / "model", tmp_path / "model")
@@ -198,7 +211,7 @@ def test_an_option_that_the_prior_of_the_page_does_not_have(
 
 
 @pytest.mark.parametrize(
-    ("number", "advice"), [(errno.ENOSPC, "free some"), (errno.EROFS, "make it writable")]
+    ("number", "advice"), [(errno.ENOSPC, "free some"), (errno.EROFS, "check its permissions")]
 )
 def test_what_a_disk_refuses_is_one_line(number, advice, capsys):
     def command(words):
@@ -210,9 +223,10 @@ def test_what_a_disk_refuses_is_one_line(number, advice, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
+@pytest.mark.parametrize(("number", "file"), [(errno.ENOENT, "template"), (errno.EPERM, None)])
+def test_a_fault_of_the_program_keeps_its_traceback(number, file):
     def command(words):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "template")
+        raise OSError(number, os.strerror(number), file)
 
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match=os.strerror(number)):
         report_errors(command, [])

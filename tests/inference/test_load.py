@@ -56,15 +56,19 @@ def test_a_damaged_export_is_refused(decided_run, tmp_path, damage):
         bayes_lora.load(to)
 
 
-@pytest.mark.parametrize("lost", ["tokenizer.json", "config.json", "README.md"])
-def test_an_export_without_one_of_its_files_is_refused(decided_run, tmp_path, lost):
+@pytest.mark.parametrize(
+    ("form", "lost"),
+    [("packed", "tokenizer.json"), ("packed", "config.json"), ("merged", "model.safetensors"),
+     ("peft", "tokenizer.json")],
+)  # fmt: skip
+def test_an_export_without_one_of_its_files_is_refused(decided_run, tmp_path, form, lost):
     """Without its tokenizer.json a made-up one would predict something."""
-    to = tmp_path / "packed"
-    assert main(["export", str(decided_run()), "--format", "packed", "--to", str(to)]) == 0
+    to = tmp_path / "export"
+    assert main(["export", str(decided_run()), "--format", form, "--to", str(to)]) == 0
+    for name in ("README.md", "merge_report.json"):  # are for people
+        (to / name).unlink(missing_ok=True)
+    assert bayes_lora.load(to).predict(TEXTS)["label"].shape == (2,)
     (to / lost).unlink()
-    if lost == "README.md":  # which is for people
-        assert bayes_lora.load(to).predict(TEXTS)["label"].shape == (2,)
-        return
     with pytest.raises(bayes_lora.InputError, match=f"{lost} is not there"):
         bayes_lora.load(to)
 

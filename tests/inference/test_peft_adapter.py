@@ -111,7 +111,9 @@ def test_what_cannot_be_a_start_is_refused(adapter, inputs, options, changes, sa
         read_peft(folder, network, network.initial_adapter_weights())
 
 
-@pytest.mark.parametrize("damage", ["missing", "type", "head", "backbone", "B", "list", "alpha"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "type", "head", "backbone", "B", "list", "alpha", "NaN", "rank", "vector"]
+)
 def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
     folder, _ = adapter()
     network = adapted(inputs)
@@ -125,6 +127,13 @@ def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
         file.write_text("[]")
     elif damage == "alpha":
         file.write_text(json.dumps(content | {"lora_alpha": None}))
+    elif damage == "NaN":
+        file.write_text(json.dumps(content | {"lora_alpha": float("nan")}))
+    elif damage in ("rank", "vector"):
+        kept = load_file(tensors)
+        name = next(name for name in kept if name.endswith("lora_B.weight"))
+        kept[name] = torch.zeros(16, 3) if damage == "rank" else torch.zeros(16)
+        save_file(kept, tensors)
     elif damage == "B":
         kept = load_file(tensors)
         del kept[next(name for name in kept if name.endswith("lora_B.weight"))]
@@ -141,6 +150,9 @@ def test_a_folder_that_is_no_fitting_adapter(adapter, inputs, backbone, damage):
         "B": "has no .*lora_B",
         "list": "is empty",
         "alpha": "has no alpha",
+        "NaN": "has no alpha",
+        "rank": "no rank in common",
+        "vector": "no rank in common",
     }
     with pytest.raises(InputError, match=said[damage]):
         read_peft(folder, network, network.initial_adapter_weights())

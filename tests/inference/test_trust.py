@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -14,10 +15,16 @@ import bayes_lora
 from bayes_lora.errors import InputError
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.cli import main
+from bayes_lora.inference.costs import meta_network
+from bayes_lora.inference.export import export
+from bayes_lora.inference.trained import read_run
 
 
 class Watch:
-    """What Python's audit events say of files written and pickles read; hooks stay for good."""
+    """What Python itself writes and unpickles, by its audit events; hooks stay for good.
+
+    Libraries in C write their own way: HDF5, safetensors and Arrow are not seen.
+    """
 
     def __init__(self):
         self.on, self.written, self.unpickled = False, set(), []
@@ -45,10 +52,18 @@ def watch():
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def connect(self, address):
-        raise AssertionError(f"a connection to {address}")
+    """Nobody asks for an address or a connection, whatever becomes of the error."""
+    tried = []
 
-    monkeypatch.setattr(socket.socket, "connect", connect)
+    def refuse(*given, **_):
+        tried.append(given)
+        raise OSError("no network here")
+
+    for owner, name in ((socket, "getaddrinfo"), (socket.socket, "connect"),
+                        (socket.socket, "connect_ex")):  # fmt: skip
+        monkeypatch.setattr(owner, name, refuse)
+    yield
+    assert tried == []
 
 
 def test_a_run_and_what_comes_of_it_stay_in_their_folders(
@@ -77,21 +92,37 @@ def test_a_run_and_what_comes_of_it_stay_in_their_folders(
     assert watch.unpickled == []
 
 
-def test_code_of_a_backbone_is_not_run(inputs, tmp_path, monkeypatch):
+def own_code(folder, source, model_type, ran):
+    """A model folder that brings code of its own for what transformers does not have."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    file = folder / "config.json"
+    classes = dict.fromkeys(("AutoConfig", "AutoModelForSequenceClassification"), "own.Own")
+    content = json.loads(file.read_text()) | {"model_type": model_type, "auto_map": classes}
+    file.write_text(json.dumps(content))
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["own", "vit"])  # vit has no classifier of texts
+@pytest.mark.parametrize("reader", ["load_backbone", "load", "meta_network"])
+def test_code_of_a_folder_is_not_run(
+    reader, model_type, decided_run, inputs, tmp_path, monkeypatch
+):
     """Nor is it asked whether to."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in (inputs / "model").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {
-        "AutoConfig": "own.Own", "AutoModelForSequenceClassification": "own.Own"}}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(InputError, match="cannot load backbone"):
-        load_backbone(str(folder), 2)
-    assert not (tmp_path / "ran").exists()
+    ran = tmp_path / "ran"
+    read = {
+        "load_backbone": lambda folder: load_backbone(folder, 2),
+        "load": bayes_lora.load,
+        "meta_network": lambda folder: meta_network(folder, 2, "all-linear"),
+    }[reader]
+    source = inputs / "model"
+    if reader == "load":
+        source = tmp_path / "packed"
+        export(read_run(decided_run()), "packed", source, with_base=True)
+    with pytest.raises(InputError, match=r"cannot (load|build) backbone|is damaged"):
+        read(str(own_code(tmp_path / "model", source, model_type, ran)))
+    assert not ran.exists()
 
 
 class Trap:
