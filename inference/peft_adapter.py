@@ -107,6 +107,7 @@ def write_peft(model: nn.Module, stock: PreTrainedModel, backbone: str, folder: 
         lora_dropout=0.0,
     )
     wrapped = get_peft_model(stock, config)
+    config.base_model_name_or_path = backbone  # PEFT puts where it was loaded from
     parameters = dict(wrapped.named_parameters())
     for path, layer in kept.items():
         prefix = f"base_model.model.{path}"

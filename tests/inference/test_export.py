@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import bayes_lora
+from bayes_lora.inference.backbone import DEMO
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.decide import judge
 from bayes_lora.inference.trained import read_run, validation
@@ -94,6 +95,8 @@ def test_exports_of_a_real_network(decided_run, tmp_path, tensors):
         form = "packed" if name == "base" else name
         to = str(tmp_path / name)
         assert main(["export", str(folder), "--format", form, "--to", to, *words]) == 0
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == DEMO
     # a base in full precision is all that PEFT has
     exact = [name for name in forms if name != "peft" or "weight" not in tensors]
     assert len(exact) == (3 if "weight" in tensors else 4)
