@@ -21,6 +21,17 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+def one_line(error: Exception) -> str:
+    r"""What another library says of an error, short enough to be quoted in a message.
+
+    Examples
+    --------
+    >>> one_line(OSError("no such file:\n  a.txt"))
+    'no such file: a.txt'
+    """
+    return " ".join(str(error).split())[:200]
+
+
 class NumericalError(ArithmeticError):
     """Training left the finite numbers; the message names step and term (exit code 1)."""
 

@@ -18,6 +18,7 @@ import csv
 import sys
 
 import torch
+from exact_posterior import distance
 from planted import KnownNoise, random_texts, small_bert
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -103,10 +104,10 @@ def main() -> None:
             reference.append(gibbs(model, guide.loc, data, options.sweeps))
         truth, found, exact = torch.cat(truths), torch.cat(refined), torch.cat(reference)
         mode = found.argmax(-1)
-        distance = 0.5 * (found - exact).abs().sum(-1)
+        distances = distance(found, exact)
         p_b = [float(p[torch.arange(len(truth)), truth].mean()) for p in (found, exact)]
         shares = [float((x).float().mean()) for x in (mode == truth, mode < truth, mode > truth)]
-        numbers = [*shares, *p_b, float(distance.mean()), float(distance.max())]
+        numbers = [*shares, *p_b, float(distances.mean()), float(distances.max())]
         writer.writerow([noise, *(f"{number:.3f}" for number in numbers)])
         sys.stdout.flush()
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from exact_posterior import distance
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,6 +39,7 @@ from bayes_lora.costs import relative_bops
 from bayes_lora.gates import nested, rank_probabilities
 from bayes_lora.inference.batches import fixed_batches
 from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.draws import draw_posterior
 from bayes_lora.inference.natural_gradient import GateSet, ascend
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.refine import DRAWS, refine_guide
@@ -150,19 +152,14 @@ def refined(
     return gates.logits
 
 
-def draw(probs: Tensor, generator: torch.Generator) -> Tensor:
-    """Rank gates of all layers, one discrete draw at their probabilities (L, R)."""
-    return nested(torch.bernoulli(probs, generator=generator))
-
-
 def print_rows(others: str, reference: Tensor, guides: dict[str, list[Tensor]]) -> None:
     """One line for the sum of all configurations, and one a guide, the mean of its logits' rows."""
     rows = {"all configurations": reference[None]}
     rows |= {name: rank_probabilities(torch.stack(x).sigmoid()) for name, x in guides.items()}
     ranks = torch.arange(reference.shape[-1], dtype=torch.double)
     for name, p in rows.items():
-        distance = 0.5 * (p - reference).abs().sum(-1)
-        numbers = [*(p @ ranks).mean(0).tolist(), *distance.mean(0).tolist()]
+        distances = distance(p, reference)
+        numbers = [*(p @ ranks).mean(0).tolist(), *distances.mean(0).tolist()]
         WRITER.writerow([others, name, *(f"{number:.3f}" for number in numbers)])
     sys.stdout.flush()
 
@@ -196,16 +193,13 @@ def main() -> None:
     refine_guide(model, guide, batches, PASSES)
     seconds = time.monotonic() - begin
     after = guide.rank_logits.detach()
-    generator = torch.Generator().manual_seed(0)
-    sums = []
-    for _ in range(OTHERS):
-        gates = draw(after.sigmoid(), generator)
-        sums.append(exact(Tail(model, weights, gates, data), prior))
+    drawn = draw_posterior(guide, OTHERS, torch.Generator().manual_seed(0)).rank_gate
+    sums = [exact(Tail(model, weights, nested(gates), data), prior) for gates in drawn]
     guides = {"relaxed": [start], "refined": [after[tail.index].double()]}
     print_rows("drawn from the refined guide", torch.stack(sums).mean(0), guides)
 
     pair = [rank_probabilities(x.double().sigmoid()) for x in (relaxed, after)]
-    moved = 0.5 * (pair[0] - pair[1]).abs().sum(-1)
+    moved = distance(*pair)
     ranks = torch.arange(relaxed.shape[-1] + 1.0, dtype=torch.double)
     means = [float((p @ ranks).mean()) for p in pair]
     print(f"# all {len(moved)} layers: mean rank {means[0]:.2f} relaxed, {means[1]:.2f} refined; "

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bayes_lora.errors import InputError
+from bayes_lora.errors import InputError, one_line
 from bayes_lora.targets import linear_layers
 
 DEMO = "sentence-transformers/all-MiniLM-L6-v2"
@@ -112,14 +112,13 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
             trust_remote_code=False,
         )
     except Exception as error:  # what a broken file raises depends on the library that reads it
-        reason = " ".join(str(error).split())[:200]
         advice = (
             "is the folder complete?"
             if folder.is_dir()
             else "if it is a model of the hub, check the name and the connection; offline, give "
             "--backbone a folder that holds the model"
         )
-        raise InputError(f"cannot load backbone {name!r} ({reason}): {advice}") from error
+        raise InputError(f"cannot load backbone {name!r} ({one_line(error)}): {advice}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     new = tuple(key for key, _ in model.named_parameters() if key in absent)
     if lost := [path for path in linear_layers(model) if f"{path}.weight" in new]:

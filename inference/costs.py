@@ -24,7 +24,7 @@ from bayes_lora.costs import (
     tensor_bits,
     uniform_bits,
 )
-from bayes_lora.errors import InputError
+from bayes_lora.errors import InputError, one_line
 from bayes_lora.gates import level_bits
 from bayes_lora.inference.backbone import DEMO, located
 from bayes_lora.inference.cli import Parser, report_errors
@@ -69,10 +69,9 @@ def meta_network(
                 config, trust_remote_code=False
             ).float()
     except Exception as error:  # what a broken file raises depends on the library that reads it
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"cannot build backbone {name!r} ({reason}): give a model of the hub, a folder or a "
-            "config.json of a sequence classifier"
+            f"cannot build backbone {name!r} ({one_line(error)}): give a model of the hub, a "
+            "folder or a config.json of a sequence classifier"
         ) from error
     with torch.device("meta"):
         return AdaptedNetwork(

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bayes_lora.errors import InputError
+from bayes_lora.errors import InputError, one_line
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.draws import draw_posterior, draw_weights, unbound
@@ -175,7 +175,7 @@ class FineTuned:
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
             except Exception as error:  # whatever the hub's client raises
-                raise InputError(f"the hub does not take {repo_id} ({_short(error)})") from error
+                raise InputError(f"the hub does not take {repo_id} ({one_line(error)})") from error
 
 
 def load(name: str | Path, device: str | torch.device = "cpu") -> FineTuned:
@@ -210,14 +210,10 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> FineTuned:
             folder = Path(snapshot_download(str(name)))
         except Exception as error:  # whatever the hub's client raises
             raise InputError(
-                f"there is no folder {name}, and no such model on the hub ({_short(error)})"
+                f"there is no folder {name}, and no such model on the hub ({one_line(error)})"
             ) from error
     kind = _export if (folder / NAME).is_file() else _run
     return kind(folder, torch.device(device))
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _run(folder: Path, device: torch.device) -> FineTuned:
@@ -251,7 +247,7 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
             RuntimeError) as error:  # fmt: skip
-        raise InputError(f"{folder} is damaged ({_short(error)}): export again") from error
+        raise InputError(f"{folder} is damaged ({one_line(error)}): export again") from error
     return FineTuned(
         folder, manifest.task, tokenizer, manifest.max_length, device,
         lambda batch: manifest.distribution(network(**batch).logits),

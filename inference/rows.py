@@ -109,20 +109,21 @@ def _csv_rows(lines: _Lines, header: Sequence[str], columns: Sequence[str]) -> I
     while True:
         lines.start()
         values: list[str] | None = []
+        wrong = ""
         try:
             values = next(csv.reader(lines, strict=True), None)
-            wrong = f"{len(values or ())} values for {len(header)}"
-            if len(lines.record) > 1:
-                wrong += f", in {len(lines.record)} lines"
         except csv.Error as error:
             wrong = f"not csv: {error}"
             lines.keep_one()
         if values is None:
             return
-        if "".join(lines.record).strip():
-            row = dict(zip(header, values, strict=False))
-            wrong = wrong if len(values) != len(header) else ""
-            yield _row(lines.before + 1, row, columns, wrong)
+        if not "".join(lines.record).strip():
+            continue
+        if not wrong and len(values) != len(header):
+            wrong = f"{len(values)} values for {len(header)}"
+            if len(lines.record) > 1:
+                wrong += f", in {len(lines.record)} lines"
+        yield _row(lines.before + 1, dict(zip(header, values, strict=False)), columns, wrong)
 
 
 def _row(line: int, row: Any, columns: Sequence[str], error: str) -> Row:  # noqa: ANN401 (as read)
