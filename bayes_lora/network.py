@@ -13,11 +13,13 @@ their shapes are checked: a gate of a wrong shape would broadcast in silence.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bayes_lora.errors import InputError
 from bayes_lora.flat_weights import initial_weights, split_weights
@@ -162,6 +164,24 @@ class AdaptedNetwork(nn.Module):
         """Draw the flat vector, shape (P,), with which the network equals the pretrained one."""
         return initial_weights(self.specs, self.rank, generator)
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them.
+
+        Raises
+        ------
+        InputError
+            If the backbone cannot.
+        """
+        backbone = cast(PreTrainedModel, self.backbone)
+        if not backbone.supports_gradient_checkpointing:
+            raise InputError(f"{type(backbone).__name__} has no gradient checkpointing")
+        settings = {"use_reentrant": False, "context_fn": self._again}
+        backbone.gradient_checkpointing_enable(settings)
+
+    def _again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What a block computes in, and computes in again: when no latents are lent any more."""
+        return nullcontext(), self._lend([layer.latents for layer in self._layers])
+
     def unpack(self, latents: Latents) -> list[LayerLatents]:
         """Cut the wide latents into per-layer views.
 
@@ -223,7 +243,7 @@ class AdaptedNetwork(nn.Module):
             return self.backbone(**batch).logits.float()
 
     @contextmanager
-    def _lend(self, latents: Iterable[LayerLatents]) -> Iterator[None]:
+    def _lend(self, latents: Iterable[LayerLatents | None]) -> Iterator[None]:
         try:
             for layer, mine in zip(self._layers, latents, strict=True):
                 layer.latents = mine

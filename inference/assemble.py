@@ -31,7 +31,7 @@ def assemble(
     Parameters
     ----------
     config : FinetuneConfig
-        Network, posterior and seed are looked at.
+        Network, posterior, seed and gradient checkpointing are looked at.
     backbone : Backbone
         The pretrained transformer; its model is adapted in place.
     likelihood : PyroModule
@@ -49,7 +49,8 @@ def assemble(
     Raises
     ------
     InputError
-        If no layer matches, or no setting of the gates could meet the budget.
+        If no layer matches, no setting of the gates could meet the budget, or the backbone has no
+        gradient checkpointing.
     """
     settings, posterior = config.network, config.posterior
     network = AdaptedNetwork(
@@ -62,6 +63,8 @@ def assemble(
         structure=STRUCTURES[posterior.rank_structure],
         trained_parameters=backbone.new_parameters,
     )
+    if config.training.gradient_checkpointing:
+        network.gradient_checkpointing_enable()
     model = BayesianLoRA(
         network,
         likelihood,

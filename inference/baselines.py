@@ -237,6 +237,10 @@ class UniformBits(nn.Module):
         self.register_buffer("bit_gate", uniform_bits(network, bits))
         self.quantized = False
 
+    def gradient_checkpointing_enable(self, settings: object) -> None:
+        """As of a transformers model; the settings are the network's own."""
+        self.network.gradient_checkpointing_enable()
+
     def forward(self, **batch: Tensor) -> SimpleNamespace:
         """Logits, shape (batch, classes)."""
         gate = self.bit_gate if self.quantized else None

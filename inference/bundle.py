@@ -47,7 +47,7 @@ from torch import Tensor
 from bayes_lora.flat_weights import weight_coordinates
 from bayes_lora.gates import expected_bits
 from bayes_lora.inference.draws import quantities
-from bayes_lora.inference.files import whole
+from bayes_lora.inference.files import write_whole
 from bayes_lora.inference.history import History
 from bayes_lora.inference.predict import Prediction
 from bayes_lora.models.model import Gates
@@ -291,8 +291,7 @@ def compare(runs: Mapping[str, az.InferenceData]) -> str:
 
 def write_bundle(path: Path, found: az.InferenceData) -> None:
     """Write a bundle as netCDF, whole or not at all."""
-    with whole(path) as partial:
-        found.to_netcdf(str(partial))
+    write_whole(path, lambda partial: found.to_netcdf(str(partial)))
 
 
 def read_bundle(path: Path) -> az.InferenceData:

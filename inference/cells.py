@@ -7,26 +7,23 @@ cell that was trained otherwise is told. A process of its own has a peak memory 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from bayes_lora.errors import InputError, Interrupted
+from bayes_lora.errors import InputError
+from bayes_lora.inference import processes
 from bayes_lora.inference.checkpoint import CHECKPOINTS
+from bayes_lora.inference.child import in_a_child
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.finetune import finetune
 from bayes_lora.inference.quiet import quiet
-from bayes_lora.inference.signals import handled
 
 FINETUNED: dict[str, dict[str, Any]] = {
     "r": {"method": "r"},
@@ -57,60 +54,22 @@ def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, f
     Raises
     ------
     InputError
-        If the cell is there, but was trained with other options; or if training refuses them.
+        If the cell is there, but was trained with other options; if training refuses them; or if
+        this is one of several processes.
     NumericalError
         If training leaves the finite numbers.
     Interrupted
         If SIGTERM came; the training is stopped too.
     """
+    if processes.state().num_processes > 1:
+        raise InputError("cells are trained one after the other: start this without a launcher")
     found = finished(method, words, folder)
     if found is None:
         print(f"{folder}", file=sys.stderr)
-        _run_and_wait(folder, train_cell, method, words, folder)
+        in_a_child(folder, train_cell, method, words, folder)
         found = finished(method, words, folder)
     assert found is not None
     return found
-
-
-def _run_and_wait(name: object, function: Callable[..., object], *arguments: object) -> None:
-    """Call a function in a process of its own, which SIGTERM to this one stops as well."""
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_report, args=(sender, function, *arguments))
-    try:
-        with handled(_interrupted, signal.SIGTERM):
-            process.start()
-            sender.close()
-            error = receiver.recv()
-    except Interrupted:
-        process.terminate()  # what it trains leaves a checkpoint
-        raise
-    except EOFError:
-        process.join()
-        raise InputError(
-            f"{name}: its process was killed (exit code {process.exitcode}), perhaps for memory: "
-            "the same command goes on; a smaller --batch_size takes less"
-        ) from None
-    finally:  # on Ctrl-C it has had its own
-        process.join()
-    if error is not None:
-        raise error
-
-
-def _report(sender: Connection, function: Callable[..., object], *arguments: object) -> None:
-    """In the process: what the function raises, or None."""
-    try:
-        function(*arguments)
-    except Exception as error:
-        sender.send(error)
-    else:
-        sender.send(None)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted(
-        "stopped by SIGTERM; the same command goes on, finished cells are kept", number
-    )
 
 
 def finished(method: str, words: Sequence[str], folder: Path) -> dict[str, float] | None:

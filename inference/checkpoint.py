@@ -29,6 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference import processes
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.models.priors import Priors
 
@@ -96,6 +97,9 @@ class Keeper:
         InputError
             If it cannot be written; what was there stays.
         """
+        self._last = time.monotonic()
+        if not processes.is_main():
+            return
         try:
             _write(self.folder, checkpoint, self.run)
         except OSError as error:
@@ -105,11 +109,11 @@ class Keeper:
             ) from error
         for old in found(self.folder)[: -self.limit]:
             shutil.rmtree(old)
-        self._last = time.monotonic()
 
     def clear(self) -> None:
         """Remove all checkpoints: the run is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if processes.is_main():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def found(folder: Path) -> list[Path]:
@@ -150,11 +154,12 @@ def last_checkpoint(folder: Path, run: Run) -> Checkpoint | None:
 
 
 def identity(config: FinetuneConfig, priors: Priors, data: Dataset) -> Run:
-    """What a checkpoint must be of to go on: options, priors, tokens and labels."""
+    """What a checkpoint must be of to go on: options, processes, priors, tokens and labels."""
     options = {k: v for part in vars(config).values() for k, v in asdict(part).items()}
     options = {k: v for k, v in options.items() if k not in ANY_VALUE}
     # where a function lies in memory says nothing of it
     written = re.sub(r" at 0x[0-9a-f]+", "", repr(priors))
+    options |= {"processes": processes.state().num_processes}
     return dict(json.loads(json.dumps(options)) | {"priors": written, "data": _digest_of(data)})
 
 

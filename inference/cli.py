@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -62,16 +64,21 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
     -------
     int
         Exit code: 0, 2 for wrong input or what a disk refuses, 1 for a numerical failure,
-        128 and the signal's number if one stopped it: 130 for Ctrl-C, 143 for SIGTERM.
+        128 and the signal's number if one stopped it: 130 for Ctrl-C, 143 for SIGTERM, 141 if who
+        reads its output has gone.
     """
     try:
         command(arguments)
+        sys.stdout.flush()
     except InputError as error:
         print(f"bayes-lora: error: {error}", file=sys.stderr)
         return 2
     except NumericalError as error:
         print(f"bayes-lora: numerical failure: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who read the output, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in ADVICE or (error.errno not in FULL and error.filename is None):
             raise

@@ -65,6 +65,9 @@ class FinetuneConfig:
                 training.max_grad_norm > 0
             ),
             f"batch_size is {training.batch_size}: give at least 1": training.batch_size >= 1,
+            "gradient_accumulation_steps is below 1: give at least 1": (
+                training.gradient_accumulation_steps >= 1
+            ),
             f"learning_rate is {training.learning_rate}: give a number > 0": (
                 0 < training.learning_rate < math.inf
             ),

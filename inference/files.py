@@ -1,9 +1,12 @@
-"""Output folders and files: nothing overwritten without being told to, nothing half written."""
+"""Output folders and files: nothing overwritten without being told to, nothing half written.
+
+Of several processes the main one alone changes anything.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference import processes
 
 
 def check_free(folder: Path, outputs: Sequence[str], overwrite: bool) -> None:
@@ -47,6 +51,8 @@ def open_folder(folder: Path, outputs: Sequence[str]) -> None:
     InputError
         If it cannot be written to.
     """
+    if not processes.is_main():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in outputs:
@@ -70,19 +76,24 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a function write a file, whole or not at all; it is called with a path."""
+    if processes.is_main():
+        with whole(path) as partial:
+            write(partial)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_figure(path: Path, figure: Figure) -> None:
     """Write a PNG picture whole or not at all."""
-    with whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
-    with whole(path) as partial:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_whole(path, lambda partial: save_file(found, partial))

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference import processes
 from bayes_lora.inference.checkpoint import Checkpoint
 from bayes_lora.inference.elbo import KL_TERMS, prior_cost
-from bayes_lora.inference.files import whole
+from bayes_lora.inference.files import write_whole
 from bayes_lora.inference.train import Record, record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -68,12 +69,17 @@ class History:
             self.records = _read(path, after.numbers["lines"])
             self.gates = _recorded(after)
         self._every = max(1, steps // RECORDED)
-        with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        write_whole(path, self._begin)
+        # of several processes the main one alone has a file
+        place = path if processes.is_main() else Path(os.devnull)
+        self._file = place.open("a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
+
+    def _begin(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(self.records)
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="")
 
     def __enter__(self) -> Self:
         """Open; the file is closed at the end of the block."""
@@ -105,7 +111,8 @@ class History:
 
     def kept(self) -> Checkpoint:
         """What a checkpoint keeps of it; the file is flushed to the disk."""
-        os.fsync(self._file.fileno())
+        if processes.is_main():
+            os.fsync(self._file.fileno())
         tensors = {"history.line": torch.tensor(list(self.gates), dtype=torch.long)}
         for name in Gates._fields:
             recorded = [getattr(gates, name) for gates in self.gates.values()]

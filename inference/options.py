@@ -86,7 +86,13 @@ class TrainingConfig:
     save_steps: int | None = _option(None, "steps from one checkpoint to the next, at most")
     save_total_limit: int = _option(2, "checkpoints that are kept, until the run is finished")
     epochs: float = _option(10.0, "passes over the training set, all phases together")
-    batch_size: int = _option(32, "examples a step")
+    batch_size: int = _option(32, "examples in a batch of each process")
+    gradient_accumulation_steps: int = _option(
+        1, "batches whose gradients make a step, each with its own draw of the gates"
+    )
+    gradient_checkpointing: bool = _option(
+        False, "compute activations twice instead of keeping them: less memory, more time"
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = _option(
         "random", "group_by_length makes batches of like length: less padding, less variety"
     )

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bayes_lora.errors import NumericalError
+from bayes_lora.inference import processes
 from bayes_lora.inference.metrics import SMALLEST_PROBABILITY
 from bayes_lora.inference.tasks import Task
 from bayes_lora.models.guides import GateGuide
@@ -96,18 +97,22 @@ def predictions(
     ------
     NumericalError
         If a prediction is not finite.
+
+    Notes
+    -----
+    Several processes share the batches, and each gets all predictions.
     """
-    first, second = [], []
-    for batch in loader:
+    mine: list[tuple[Tensor, Tensor]] = []
+    for batch in processes.share(loader):
         inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
         distribution = distribution_of(inputs)
         if isinstance(distribution, torch.distributions.Categorical):
-            first.append(distribution.probs)
+            mine.append((distribution.probs.cpu(), torch.empty(0)))
         else:
-            first.append(distribution.mean)
-            second.append(distribution.stddev)
+            mine.append((distribution.mean.cpu(), distribution.stddev.cpu()))
     place = torch.tensor(list(loader.sampler)).argsort()
-    found = [torch.cat(p).cpu()[place] if p else torch.empty(0) for p in (first, second)]
+    both = [torch.cat(parts) for parts in zip(*processes.joined(mine), strict=True)]
+    found = [part[place] if len(part) else part for part in both]
     if not all(torch.isfinite(part).all() for part in found):
         raise NumericalError("predictions not finite; try a lower --learning_rate")
     return found[0].numpy(), found[1].numpy()
@@ -136,7 +141,10 @@ def predict_draws(
     tuple of two ndarrays
         As of `predict`, with a first axis for the draws.
     """
-    pairs = tqdm(zip(weights, gates, strict=True), desc="predict", unit="draw", disable=None)
+    pairs = tqdm(
+        zip(weights, gates, strict=True), desc="predict", unit="draw",
+        disable=None if processes.is_main() else True,
+    )  # fmt: skip
     found = [predict(model, guide, loader, held, drawn) for drawn, held in pairs]
     first, second = zip(*found, strict=True)
     return np.stack(first), np.stack(second)

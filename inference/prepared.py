@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from bayes_lora.inference import processes
 from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.batches import evaluation_batches, training_batches
 from bayes_lora.inference.config import FinetuneConfig
@@ -42,6 +43,8 @@ class Prepared:
         Of the one, shuffled; of the other, all examples.
     collate : function
         From a list of examples to a batch.
+    at_once : int
+        Batches that make a step: those of all processes, and those that are accumulated.
     """
 
     task: Task
@@ -52,6 +55,7 @@ class Prepared:
     batches: DataLoader
     validation_batches: DataLoader
     collate: Callable[[list[Any]], dict[str, Tensor]]
+    at_once: int
 
     @property
     def targets(self) -> Tensor:
@@ -65,7 +69,7 @@ class Prepared:
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps of so many passes over the training set, at least one."""
-        return max(1, round(epochs * len(self.batches)))
+        return max(1, round(epochs * len(self.batches) / self.at_once))
 
 
 def prepare(config: FinetuneConfig) -> Prepared:
@@ -94,4 +98,5 @@ def prepare(config: FinetuneConfig) -> Prepared:
         training_batches(train, collate, settings.batch_size, strategy, settings.seed),
         evaluation_batches(validation, collate),
         collate,
+        processes.state().num_processes * settings.gradient_accumulation_steps,
     )

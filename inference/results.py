@@ -60,7 +60,7 @@ def write_results(
         What `metrics.json` holds.
     """
     write_decision(folder / "decision.json", model.network, gates, MORE_PROBABLE_SIDE)
-    end = history.last(len(data.batches))
+    end = history.last(data.steps(1))
     decided = totals(model.network, *gates)
     share, budget = decided["relative_bops_32"], getattr(model.priors.gates, "budget", None)
     if budget is not None and abs(share / budget - 1) > TOLERANCE:

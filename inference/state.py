@@ -21,6 +21,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from bayes_lora.inference import processes
 from bayes_lora.inference.batches import EndlessBatches
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
@@ -96,9 +97,11 @@ def tensors(training: Training) -> dict[str, Tensor]:
         if gate is not None
     }
     found["random.order"] = training.batches.place[0]
-    found["random.cpu"] = torch.get_rng_state()
+    mine = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        found |= {f"random.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        mine["cuda"] = torch.cuda.get_rng_state()
+    for index, generators in enumerate(processes.of_each(mine)):
+        found |= {f"random.{index}.{name}": state for name, state in generators.items()}
     return found
 
 
@@ -112,8 +115,7 @@ def numbers(training: Training) -> dict[str, Any]:
         "taken": training.batches.place[1],
         "price": getattr(training.model.priors.gates, "price", None),
         "learning_rates": training.scheduler.get_last_lr(),
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "random": processes.of_each([random.getstate(), [kind, np.asarray(keys).tolist(), *rest]]),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
 
@@ -155,12 +157,15 @@ def restore(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[
         training.accelerator.scaler.load_state_dict(numbers["scaler"])
     training.batches.go_to(tensors["random.order"], int(numbers["taken"]))
     # at last, as all before may draw
-    torch.set_rng_state(tensors["random.cpu"])
-    for name, generator in _under("random.cuda.", tensors).items():
-        torch.cuda.set_rng_state(generator, int(name))
-    version, internal, gauss = numbers["python"]
+    index = processes.state().process_index
+    generators = _under(f"random.{index}.", tensors)
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
+    of_python, of_numpy = numbers["random"][index]
+    version, internal, gauss = of_python
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = numbers["numpy"]
+    kind, keys, *rest = of_numpy
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 

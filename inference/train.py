@@ -7,7 +7,8 @@ same for every data set.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError, NumericalError
+from bayes_lora.inference import processes
 from bayes_lora.inference.batches import EndlessBatches, calibration_batches
 from bayes_lora.inference.checkpoint import Checkpoint
 from bayes_lora.inference.elbo import TermwiseELBO
@@ -49,6 +51,7 @@ def fit(
     decide: Callable[[], Gates] | None = None,
     after: Checkpoint | None = None,
     keep: Callable[[Training, bool], None] = lambda training, phase_ended: None,
+    accumulation: int = 1,
 ) -> Gates:
     """Train model and guide through the phases.
 
@@ -76,6 +79,9 @@ def fit(
     keep : function
         Called after every step, with the training and whether a phase has ended: the place to
         write a checkpoint, or to stop.
+    accumulation : int
+        Batches of every process whose gradients are averaged for one step, each with its own draw
+        of the latents.
 
     Returns
     -------
@@ -113,13 +119,17 @@ def fit(
     def check() -> None:
         """The parameters of a last step must have a finite loss, as those of any other."""
         batch = dict(next(batches))
-        if training.step and not torch.isfinite(
-            module(batch, batch.pop("labels"), 1.0, training.held)
-        ):
+        loss = module(batch, batch.pop("labels"), 1.0, training.held)
+        if training.step and not torch.isfinite(processes.mean(loss)):
             _copy(good, parameters)
             raise _not_finite({"step": training.step, "phase": "", **record, "loss": math.nan})
 
-    with tqdm(total=total_steps, initial=training.step, disable=None, unit="step") as progress:
+    with tqdm(
+        total=total_steps,
+        initial=training.step,
+        unit="step",
+        disable=None if processes.is_main() else True,
+    ) as progress:
         for phase, step in _from(training.step, phases):
             if step == 0:
                 if phase.gates != "open" and model.bit_gates:
@@ -131,18 +141,23 @@ def fit(
                     check()
                     training.held = decide()
             kl_weight = phase.kl_weight(step)
-            batch = dict(next(batches))
-            loss = module(batch, batch.pop("labels"), kl_weight, training.held)
-            loss = loss / model.num_examples
+            optimizer.zero_grad()
+            found = []
+            for further in reversed(range(accumulation)):
+                batch = dict(next(batches))
+                with accelerator.no_sync(module) if further else nullcontext():
+                    loss = module(batch, batch.pop("labels"), kl_weight, training.held)
+                    accelerator.backward(loss / model.num_examples / accumulation)
+                found.append({"loss": loss.detach()} | elbo.terms)
+            terms = averaged(found)
+            loss_per_example = terms.pop("loss") / model.num_examples
             record = record_step(
-                training.step, phase.name, kl_weight, loss.item(), elbo.terms, model, guide
+                training.step, phase.name, kl_weight, loss_per_example, terms, model, guide
             )
-            if not torch.isfinite(loss):
+            if not math.isfinite(loss_per_example):
                 _copy(good, parameters)
                 raise _not_finite(record)
             _copy(parameters, good)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
             accelerator.unscale_gradients(optimizer)
             for group in optimizer.param_groups:  # apart: a price must not slow the weights
                 norm = get_total_norm([p.grad for p in group["params"] if p.grad is not None])
@@ -179,6 +194,18 @@ def _copy(values: list[Tensor], to: list[Tensor]) -> None:
         target.copy_(value)
 
 
+def averaged(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean of every term over the batches of a step, and over the processes.
+
+    Examples
+    --------
+    >>> averaged([{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(4.0)}])
+    {'loss': 2.5}
+    """
+    every = torch.stack([torch.stack([t.double() for t in each.values()]) for each in terms])
+    return dict(zip(terms[0], processes.mean(every.mean(0)).tolist(), strict=True))
+
+
 @torch.no_grad()
 def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterable[dict[str, Tensor]]) -> None:
     """Set the ranges of all quantizers from a few batches, without dropout."""
@@ -187,6 +214,7 @@ def calibrate(model: BayesianLoRA, guide: GateGuide, batches: Iterable[dict[str,
     device = guide.loc.device
     inputs = ({k: v.to(device) for k, v in b.items() if k != "labels"} for b in batches)
     model.network.calibrate(inputs, guide.loc)
+    processes.copy_from_main(model.network.buffers())
     model.train(was_training)
 
 

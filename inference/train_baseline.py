@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyro
@@ -18,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from bayes_lora.errors import NumericalError
 from bayes_lora.inference.baselines import Baseline, Setting, build
@@ -170,24 +172,32 @@ def _fit(baseline: Baseline, config: FinetuneConfig, data: Prepared) -> float:
         baseline.network, data.likelihood, optimizer, data.batches
     )
     network.train()
+    if settings.gradient_checkpointing:
+        stock = cast(PreTrainedModel, baseline.network)
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
     found: list[float] = []
+    batches = EndlessBatches(loader)
     with tqdm(total=total, disable=None, unit="step") as progress:
-        for step, batch in enumerate(islice(EndlessBatches(loader), total)):
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            logits = network(**inputs).logits.float()
-            log_likelihood = likelihood(logits).log_prob(batch["labels"]).mean()
-            loss = baseline.penalty() - log_likelihood
-            if not torch.isfinite(loss):
-                raise NumericalError(f"step {step}: loss not finite; try a lower --learning_rate")
+        for step in range(total):
             optimizer.zero_grad()
-            accelerator.backward(loss)
+            log_likelihoods = []
+            for batch in islice(batches, data.at_once):
+                inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+                logits = network(**inputs).logits.float()
+                log_likelihoods.append(likelihood(logits).log_prob(batch["labels"]).mean())
+                loss = baseline.penalty() - log_likelihoods[-1]
+                accelerator.backward(loss / data.at_once)
+                if not torch.isfinite(loss):
+                    raise NumericalError(
+                        f"step {step}: loss not finite; try a lower --learning_rate"
+                    )
             accelerator.unscale_gradients(optimizer)
             clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             scheduler.step()
             baseline.after_step(step)
-            found.append(log_likelihood.item())
+            found.append(float(torch.stack(log_likelihoods).mean()))
             progress.set_postfix_str(f"log lik {found[-1]:.3f} nats/example", refresh=False)
             progress.update()
-    last = found[-len(data.batches) :]
+    last = found[-data.steps(1) :]
     return float(np.mean(last)) * len(data.train)

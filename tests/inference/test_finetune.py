@@ -13,7 +13,7 @@ from bayes_lora.inference import data
 from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import parse
-from bayes_lora.inference.finetune import DIAGNOSIS, OUTPUTS
+from bayes_lora.inference.train_run import DIAGNOSIS, OUTPUTS
 from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 
