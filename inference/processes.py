@@ -19,7 +19,13 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
+from accelerate.utils import (
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    reduce,
+)
 from torch import Tensor
 
 PATIENCE = timedelta(days=7)
@@ -30,7 +36,9 @@ Item = TypeVar("Item")
 
 def state() -> PartialState:
     """Which process this is, of how many; the first call is where they meet."""
-    return PartialState(timeout=PATIENCE)
+    # PartialState itself looks for others on processors only if it is told so
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def is_main() -> bool:

@@ -14,5 +14,6 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Encountered NaN")  # reported as an error, once
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
