@@ -7,7 +7,8 @@ With r the effective rank of a layer, sum_k g_k, and b_t the bits of its tensors
                  + r (in b_A b_input + b_e b_hidden + out b_B b_hidden)        the adapter
     bytes(layer) = r (in b_A + b_e + out b_B) / 8               of A, e and B; ranges not counted
 
-as a multiply-accumulate of a b-bit with a c-bit number costs b c bit operations (BOPs). Linear
+as a multiply-accumulate of a b-bit with a c-bit number costs b c bit operations (BOPs). MACs and
+BOPs of a layer that a forward pass applies at several depths (ALBERT) count at each. Linear
 layers of the encoder without an adapter count at 32 x 32 bits. Embeddings, normalisations,
 attention products and the head, which runs once a sequence, are left out, on both sides of every
 ratio.
@@ -88,10 +89,11 @@ def adapter_parameters(network: AdaptedNetwork, rank_gate: Tensor | None = None)
 def macs(network: AdaptedNetwork, rank_gate: Tensor | None = None) -> Tensor:
     """Multiply-accumulates per token of every adapted layer, shape (L,).
 
-    Parameters are those of `adapter_parameters`: every entry of every matrix is used once.
+    Parameters are those of `adapter_parameters`: every use of a layer uses every entry once.
     """
-    rows, columns = _sizes(network, _device(rank_gate))
-    return rows * columns + adapter_parameters(network, rank_gate)
+    device = _device(rank_gate)
+    rows, columns = _sizes(network, device)
+    return _uses(network, device) * (rows * columns + adapter_parameters(network, rank_gate))
 
 
 def adapter_bytes(
@@ -141,7 +143,7 @@ def bit_operations(
     rows, columns = _sizes(network, device)
     frozen = rows * columns * bits["weight"] * bits["input"]
     adapter = columns * bits["A"] * bits["input"] + (bits["e"] + rows * bits["B"]) * bits["hidden"]
-    return frozen + _rank(network, rank_gate).to(device) * adapter
+    return _uses(network, device) * (frozen + _rank(network, rank_gate).to(device) * adapter)
 
 
 def relative_bops(
@@ -217,6 +219,11 @@ def _sizes(network: AdaptedNetwork, device: torch.device) -> tuple[Tensor, Tenso
     sizes = [(spec.out_features, spec.in_features) for spec in network.specs]
     rows, columns = torch.tensor(sizes, dtype=torch.float32, device=device).unbind(-1)
     return rows, columns
+
+
+def _uses(network: AdaptedNetwork, device: torch.device) -> Tensor:
+    """How often a forward pass applies every layer, shape (L,)."""
+    return torch.tensor([float(spec.uses) for spec in network.specs], device=device)
 
 
 def _rank(network: AdaptedNetwork, rank_gate: Tensor | None) -> Tensor:

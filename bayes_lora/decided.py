@@ -22,6 +22,7 @@ from bayes_lora.layers import TENSORS, AdaptedLinear, LayerLatents
 from bayes_lora.network import AdaptedNetwork, Latents
 from bayes_lora.quantization import quantize
 from bayes_lora.ranges import gaussian_limits
+from bayes_lora.targets import LinearLayer, weight_of
 
 UNQUANTIZED = 32
 
@@ -50,7 +51,7 @@ class DecidedLinear(nn.Module):
 
     Parameters
     ----------
-    base : nn.Linear
+    base : nn.Linear or Conv1D
         With the weight of the layer, on its grid.
     lora_A, lora_e, lora_B : Tensor
         The adapter's components that are in use, on their grids: (r, in), (r,), (out, r).
@@ -79,7 +80,7 @@ class DecidedLinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: LinearLayer,
         lora_A: Tensor,
         lora_e: Tensor,
         lora_B: Tensor,
@@ -98,7 +99,7 @@ class DecidedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight on its grid, shape (out, in); some networks look at its type."""
-        return self.base.weight
+        return weight_of(self.base)
 
     @property
     def rank(self) -> int:
@@ -124,9 +125,9 @@ class DecidedLinear(nn.Module):
         return y + linear(hidden * (self.scaling * self.lora_e), self.lora_B)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged(self) -> LinearLayer:
         """One linear layer, W + (alpha / R) B diag(e) A; it quantizes no activations."""
-        self.base.weight += self.scaling * (self.lora_B * self.lora_e) @ self.lora_A
+        self.weight.add_(self.scaling * (self.lora_B * self.lora_e) @ self.lora_A)
         return self.base
 
 
@@ -192,7 +193,7 @@ def _decided(
         for tensor in TENSORS
     }
     A, e, B = (grids[tensor](value) for tensor, value in (("A", A), ("e", e), ("B", B)))
-    layer.base.weight.copy_(grids["weight"](layer.base.weight))
+    layer.weight.copy_(grids["weight"](layer.weight))
     used = latents.component_weights
     if used is not None:
         on = used > 0

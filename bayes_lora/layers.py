@@ -25,6 +25,7 @@ from bayes_lora.gates import level_bits
 from bayes_lora.quantization import Mixture, quantize_mixture
 from bayes_lora.ranges import gaussian_limits, largest_value, searched_limits
 from bayes_lora.row_sample import linear_of_mixture
+from bayes_lora.targets import LinearLayer, weight_of
 
 TENSORS = ("weight", "A", "e", "B", "input", "hidden")
 """The tensors of an adapted layer that can be quantized, in the order of `bit_gate`."""
@@ -68,7 +69,7 @@ class AdaptedLinear(nn.Module):
 
     Parameters
     ----------
-    base : nn.Linear
+    base : nn.Linear or Conv1D
         The pretrained layer; its parameters are kept, frozen.
     scaling : float
         alpha / R.
@@ -98,7 +99,7 @@ class AdaptedLinear(nn.Module):
     input_limits: Tensor
     hidden_limits: Tensor
 
-    def __init__(self, base: nn.Linear, scaling: float, num_levels: int) -> None:
+    def __init__(self, base: LinearLayer, scaling: float, num_levels: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling = scaling
@@ -107,14 +108,14 @@ class AdaptedLinear(nn.Module):
         self._calibrated = False
         levels, device = num_levels + 1, base.weight.device
         unknown = torch.full((levels,), torch.inf, device=device)
-        self.register_buffer("weight_limits", unknown[:, None, None].repeat(1, len(base.weight), 1))
+        self.register_buffer("weight_limits", unknown[:, None, None].repeat(1, len(self.weight), 1))
         self.register_buffer("input_limits", unknown)
         self.register_buffer("hidden_limits", unknown.clone())
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight, shape (out, in); some networks look at its type."""
-        return self.base.weight
+        return weight_of(self.base)
 
     @property
     def bias(self) -> Tensor | None:
@@ -134,7 +135,7 @@ class AdaptedLinear(nn.Module):
         if latents is None:
             return self.base(x)
         A, e, B = latents.lora_A, latents.lora_e, latents.lora_B
-        weight = self.base.weight
+        weight = self.weight
         mixtures = latents.mixtures
         if mixtures and not self.calibrated:
             raise RuntimeError("quantizers have no ranges yet: call the network's calibrate first")
@@ -171,7 +172,7 @@ class AdaptedLinear(nn.Module):
             The adapter's first matrix, shape (R, in), from which the hidden sample follows.
         """
         if not self.calibrated:  # the weight is frozen: once is enough
-            self.weight_limits.copy_(searched_limits(self.base.weight, (1,), self.bits))
+            self.weight_limits.copy_(searched_limits(self.weight, (1,), self.bits))
         draw = torch.Generator().manual_seed(0)
         for limits, sample in (
             (self.input_limits, inputs.flatten()),

@@ -124,7 +124,11 @@ class AdaptedNetwork(nn.Module):
             raise ValueError("the backbone must be in float32, backbone.float(); autocast the rest")
         inside = linear_layers(backbone)
         targets = select_targets(backbone, target_modules)
-        self.frozen_macs = sum(m.weight.numel() for p, m in inside.items() if p not in targets)
+        self.frozen_macs = sum(
+            LayerSpec.of(backbone, path, layer).frozen_macs
+            for path, layer in inside.items()
+            if path not in targets
+        )
         freeze_encoder(backbone, but=trained_parameters)
         self.backbone = backbone
         self.specs: list[LayerSpec] = []
@@ -133,7 +137,7 @@ class AdaptedNetwork(nn.Module):
             layer = AdaptedLinear(linear, alpha / rank, num_levels)
             backbone.set_submodule(path, layer)
             self._layers.append(layer)
-            self.specs.append(LayerSpec(path, linear.in_features, linear.out_features))
+            self.specs.append(LayerSpec.of(backbone, path, linear))
 
     @property
     def num_adapter_weights(self) -> int:
@@ -265,14 +269,18 @@ class AdaptedNetwork(nn.Module):
         adapter_weights : Tensor
             Flat vector, shape (P,).
         tokens_per_batch : int
-            Tokens of every batch, padding left out, that the ranges are fitted to.
+            Tokens of every batch that the ranges are fitted to; none of what its
+            `attention_mask`, if it has one, says is padding.
         """
         samples: list[list[Tensor]] = [[] for _ in self._layers]
-        chosen = torch.empty(0)
+        no_padding: Tensor | None = None
 
         def record(index: int, x: Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
-            samples[index].append(rows[chosen % len(rows)].float())
+            tokens = torch.arange(len(rows)) if no_padding is None else no_padding % len(rows)
+            spread = torch.linspace(0, len(tokens) - 1, min(tokens_per_batch, len(tokens)))
+            chosen = tokens[spread.long().to(tokens.device)]
+            samples[index].append(rows[chosen.to(rows.device)].float())
 
         handles = [
             layer.register_forward_pre_hook(lambda _, args, i=i: record(i, args[0]))
@@ -280,10 +288,8 @@ class AdaptedNetwork(nn.Module):
         ]
         try:
             for batch in batches:
-                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-                tokens = mask.flatten().nonzero().flatten()
-                spread = torch.linspace(0, len(tokens) - 1, min(tokens_per_batch, len(tokens)))
-                chosen = tokens[spread.long().to(tokens.device)]
+                mask = batch.get("attention_mask")
+                no_padding = None if mask is None else mask.flatten().nonzero().flatten()
                 self(batch, Latents(adapter_weights))
         finally:
             for handle in handles:

@@ -38,7 +38,7 @@ def layer_bops(spec: LayerSpec, rank: FloatArray, bits: dict[str, FloatArray]) -
     """Bit operations per token, as `costs.bit_operations` counts them."""
     rows, columns = spec.out_features, spec.in_features
     adapter = columns * bits["A"] * bits["input"] + (bits["e"] + rows * bits["B"]) * bits["hidden"]
-    return rows * columns * bits["weight"] * bits["input"] + rank * adapter
+    return spec.uses * (rows * columns * bits["weight"] * bits["input"] + rank * adapter)
 
 
 def layer_bytes(spec: LayerSpec, rank: FloatArray, bits: dict[str, FloatArray]) -> FloatArray:

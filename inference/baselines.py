@@ -29,7 +29,14 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference.backbone import Backbone
 from bayes_lora.inference.published import AdaLoRASettings
 from bayes_lora.network import AdaptedNetwork, Batch, Latents
-from bayes_lora.targets import LayerSpec, freeze_encoder, linear_layers, select_targets
+from bayes_lora.targets import (
+    LayerSpec,
+    LinearLayer,
+    freeze_encoder,
+    linear_layers,
+    select_targets,
+    weight_of,
+)
 
 ADALORA_INITIAL = 1.5  # times the rank, as the authors have it
 ADALORA_SCHEDULE = (0.1, 0.3)  # of the steps: before pruning starts, after it has ended
@@ -96,7 +103,7 @@ class Setting:
         model = self.backbone.model
         self.linear = linear_layers(model)
         self.specs = [
-            LayerSpec(path, layer.in_features, layer.out_features)
+            LayerSpec.of(model, path, layer)
             for path, layer in select_targets(model, self.target_modules).items()
         ]
         self.macs = sum(layer.weight.numel() for layer in self.linear.values())
@@ -135,11 +142,12 @@ def _bitfit(setting: Setting) -> Baseline:
 class Bottleneck(nn.Module):
     """y + up(relu(down(y))) behind a linear layer with output y; at first, y."""
 
-    def __init__(self, linear: nn.Linear, width: int) -> None:
+    def __init__(self, linear: LinearLayer, width: int) -> None:
         super().__init__()
         self.linear = linear
-        self.down = nn.Linear(linear.out_features, width)
-        self.up = nn.Linear(width, linear.out_features)
+        features = len(weight_of(linear))
+        self.down = nn.Linear(features, width)
+        self.up = nn.Linear(width, features)
         nn.init.normal_(self.down.weight, std=0.01)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -154,7 +162,7 @@ def _bottlenecks(setting: Setting, kinds: Sequence[str]) -> Baseline:
     chosen = {p: m for p, m in setting.linear.items() if LayerSpec(p, 0, 0).kind in kinds}
     if not chosen:
         raise InputError(f"this backbone has no {' or '.join(kinds)} to put a bottleneck behind")
-    features = sum(2 * layer.out_features for layer in chosen.values())
+    features = sum(2 * len(weight_of(layer)) for layer in chosen.values())
     width = max(1, round(setting.lora_parameters / features))
     for path, linear in chosen.items():
         setting.backbone.model.set_submodule(path, Bottleneck(linear, width))

@@ -61,7 +61,7 @@ ROWS = {
 }  # fmt: skip
 
 
-def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str) -> str:
+def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str, pad_token_id: int) -> str:
     """Write the card, in Markdown with the front matter that the hub reads.
 
     Parameters
@@ -72,6 +72,8 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str) -> str
         As `export` returns them.
     by : str
         The rule that decided.
+    pad_token_id : int
+        Of the backbone, or of its tokenizer where it has none.
     """
     name, task = manifest.backbone, manifest.task.name
     library = {"peft": "peft", "merged": "transformers"}.get(manifest.form, "bayes-lora")
@@ -100,12 +102,12 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str) -> str
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return CARD.format(
         front="\n".join(front), title=f"{name}, {task}, {manifest.form}", name=name, task=task,
-        version=version("bayes-lora"), use=_use(manifest, source), metrics="\n".join(numbers),
-        by=by, kept=KEPT[manifest.form], layers="\n".join(rows),
+        version=version("bayes-lora"), use=_use(manifest, source, pad_token_id),
+        metrics="\n".join(numbers), by=by, kept=KEPT[manifest.form], layers="\n".join(rows),
     )  # fmt: skip
 
 
-def _use(manifest: Manifest, source: str) -> str:
+def _use(manifest: Manifest, source: str, pad_token_id: int) -> str:
     """Python that loads the export, and the backbone from its source."""
     task = manifest.task
     if manifest.form == "packed":
@@ -116,4 +118,5 @@ def _use(manifest: Manifest, source: str) -> str:
     names = dict(enumerate(task.label_names))
     arguments = [f'"{source}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
     arguments += [f"id2label={names}"] * bool(names)
+    arguments.append(f"pad_token_id={pad_token_id}")  # a decoder's own may be none
     return STOCK.format(arguments="".join(f"\n    {a}," for a in arguments) + "\n") + PEFT

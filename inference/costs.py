@@ -105,11 +105,11 @@ def costs(network: AdaptedNetwork, widths: Sequence[int]) -> dict[str, Any]:
         spec.path: {
             "in": spec.in_features,
             "out": spec.out_features,
-            "macs": weights + spec.num_weights(rank),
+            "macs": spec.frozen_macs + spec.uses * spec.num_weights(rank),
             "adapter_parameters": spec.num_weights(rank),
             "at_bits": {},
         }
-        for spec, weights in zip(specs, frozen, strict=True)
+        for spec in specs
     }
     whole: dict[str, Any] = {
         "encoder_parameters": encoder,

@@ -142,7 +142,8 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
                 write_text(partial / "merge_report.json", json.dumps(metrics, indent=2) + "\n")
             run.tokenizer.save_pretrained(partial)
             write_manifest(partial, manifest)
-            write_text(partial / "README.md", model_card(manifest, metrics, by))
+            card = model_card(manifest, metrics, by, model.config.pad_token_id)
+            write_text(partial / "README.md", card)
             partial.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error

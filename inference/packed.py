@@ -26,6 +26,7 @@ from bayes_lora.inference.files import write_tensors
 from bayes_lora.layers import TENSORS
 from bayes_lora.packing import pack, packed_size, unpack
 from bayes_lora.ranges import searched_limits
+from bayes_lora.targets import LinearLayer, weight_of
 
 STORED = ("weight", "A", "e", "B")
 
@@ -123,7 +124,8 @@ def read_packed(
             model.get_parameter(name.removeprefix("module.")).copy_(stored)
     codes, limits = _Parts(state["codes"]), _Parts(state["limits"])
     for path, size in sizes.items():
-        base = cast(nn.Linear, model.get_submodule(path))
+        base = cast(LinearLayer, model.get_submodule(path))
+        weight = weight_of(base)
         rank, rows, columns = size["rank"], size["out"], size["in"]
         shapes = {
             "weight": ((rows, columns), (rows, 1)),
@@ -140,8 +142,8 @@ def read_packed(
             grid = Grid() if bits == UNQUANTIZED else Grid(bits, torch.empty(of_limit))
             if tensor == "weight" and not with_base:
                 if bits != UNQUANTIZED:
-                    grid = Grid(bits, searched_limits(base.weight, (1,), (bits,))[0])
-                base.weight.copy_(grid(base.weight))
+                    grid = Grid(bits, searched_limits(weight, (1,), (bits,))[0])
+                weight.copy_(grid(weight))
             elif bits != UNQUANTIZED:
                 grid = Grid(bits, limits.take(grid.limit.numel()).view(of_limit))
             grids[tensor] = grid
@@ -149,7 +151,7 @@ def read_packed(
                 size_in_bytes = packed_size(torch.Size(shape).numel(), bits)
                 values[tensor] = _values(codes.take(size_in_bytes), grid, shape)
         if with_base:
-            base.weight.copy_(values["weight"])
+            weight.copy_(values["weight"])
         layer = DecidedLinear(base, values["A"], values["e"], values["B"], size["scaling"], grids)
         model.set_submodule(path, layer)
     if len(codes.rest) or len(limits.rest):

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bayes_lora.decided import DecidedLinear
 from bayes_lora.errors import InputError
@@ -105,6 +106,7 @@ def write_peft(model: nn.Module, stock: PreTrainedModel, backbone: str, folder: 
         alpha_pattern={path: scaling * rank for path, rank in odd.items()},
         modules_to_save=sorted(set(saved) - SAVED_BY_PEFT) or None,
         lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(layer.base, Conv1D) for layer in kept.values()),
     )
     wrapped = get_peft_model(stock, config)
     config.base_model_name_or_path = backbone  # PEFT puts where it was loaded from
@@ -225,7 +227,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"{folder} is damaged: {bad} is not finite")
     if config.get("peft_type") != "LORA":
         raise InputError(f"{folder} holds an adapter of type {config.get('peft_type')}, not LORA")
-    for option in ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication"):
+    for option in ("use_dora", "lora_bias", "layer_replication"):
         if config.get(option):
             raise InputError(f"{folder} has {option}, which these adapters do not have")
     start = config.get("init_lora_weights")

@@ -4,12 +4,22 @@ import pyro
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from bayes_lora.network import AdaptedNetwork
@@ -27,6 +37,30 @@ SIZE = {
     "initializer_range": 0.3,  # so that logits are of order one
     "pad_token_id": 0,
 }
+V3 = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_buckets": 8,
+}
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}  # queries that share a key
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+KINDS = {
+    "bert": (BertForSequenceClassification, BertConfig, {}),
+    "roberta": (RobertaForSequenceClassification, RobertaConfig, {}),
+    "deberta": (DebertaV2ForSequenceClassification, DebertaV2Config, V3),
+    "albert": (AlbertForSequenceClassification, AlbertConfig, {"embedding_size": 8}),
+    "llama": (LlamaForSequenceClassification, LlamaConfig, GROUPED),
+    "qwen2": (Qwen2ForSequenceClassification, Qwen2Config, GROUPED),
+    "gpt2": (GPT2ForSequenceClassification, GPT2Config, {"n_inner": 24} | NO_DROPOUT | ENDS),
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig,
+        {"image_size": 8, "patch_size": 4, "num_channels": 1},
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,23 +71,12 @@ def _seeded():
 
 @pytest.fixture
 def backbone():
-    """Make a tiny classifier: `backbone("bert" | "roberta" | "deberta", **changes)`."""
+    """Make a tiny classifier: `backbone("bert", **changes)`, or another of `KINDS`."""
 
     def make(kind="bert", **changes):
         torch.manual_seed(7)
-        size = SIZE | changes
-        if kind == "roberta":
-            return RobertaForSequenceClassification(RobertaConfig(**size))
-        if kind == "deberta":
-            v3 = {
-                "relative_attention": True,
-                "pos_att_type": ["p2c", "c2p"],
-                "share_att_key": True,
-                "norm_rel_ebd": "layer_norm",
-                "position_buckets": 8,
-            }
-            return DebertaV2ForSequenceClassification(DebertaV2Config(**size, **v3))
-        return BertForSequenceClassification(BertConfig(**size))
+        model, config, own = KINDS[kind]
+        return model(config(**SIZE | own | changes))
 
     return make
 
@@ -69,6 +92,18 @@ def batch():
         "input_ids": torch.randint(2, 60, (5, 7), generator=generator) * mask,
         "attention_mask": mask,
     }
+
+
+@pytest.fixture
+def images():
+    """Five images of one channel and four patches."""
+    return {"pixel_values": torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.fixture
+def inputs_of(batch, images):
+    """What a backbone of this kind takes."""
+    return lambda kind: images if kind == "vit" else batch
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_lora.costs import adapter_bytes, bit_operations
+from bayes_lora.costs import adapter_bytes, bit_operations, uniform_bits
 from bayes_lora.gates import independent, nested
 from bayes_lora.inference.allocation import (
     allocate,
@@ -15,6 +15,7 @@ from bayes_lora.inference.allocation import (
     layer_bytes,
     lower_hull,
 )
+from bayes_lora.layers import TENSORS
 from bayes_lora.models.model import Gates
 from bayes_lora.network import AdaptedNetwork
 
@@ -109,6 +110,14 @@ def test_equal_worths_keep_their_order(backbone):
         gates, loss = allocate(network, decided, worth, layer_bops, 1e30)
         assert gates.rank_gate.all()
         assert loss == 0
+
+
+def test_a_layer_that_is_applied_at_two_depths_costs_twice(backbone):
+    network = AdaptedNetwork(backbone("albert"), rank=2)
+    bits = dict.fromkeys(TENSORS, np.array(4.0))
+    found = [layer_bops(spec, np.array(2.0), bits) for spec in network.specs]
+    np.testing.assert_array_equal(found, bit_operations(network, None, uniform_bits(network, 4)))
+    assert found[0] == 2 * (16 * 16 * 4 * 4 + 2 * (16 + 1 + 16) * 4 * 4)
 
 
 def test_the_hull_is_the_one_of_all_lines_below():

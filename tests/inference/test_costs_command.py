@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import DebertaV2Config
+from transformers import AlbertConfig, DebertaV2Config, LlamaConfig
 
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.costs import costs, meta_network
@@ -47,6 +47,41 @@ def test_query_key_and_value_alone(deberta):
     share = (adapted * 16 + rest * 1024) / (1024 * (adapted + rest))
     assert whole["at_bits"][4]["relative_bops_32"] == pytest.approx(share)
     assert whole["at_bits"][4]["relative_bops_16"] == pytest.approx(4 * share)
+
+
+def test_a_decoder_of_a_billion_parameters(tmp_path, capsys):
+    """Grouped queries: keys and values of 8 heads, queries of 32."""
+    LlamaConfig(
+        vocab_size=128256, hidden_size=2048, num_hidden_layers=16, intermediate_size=8192,
+        num_attention_heads=32, num_key_value_heads=8,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    file = tmp_path / "costs.json"
+    words = ["--backbone", str(tmp_path / "config.json"), "--json", str(file)]
+    assert main(["costs", *words]) == 0
+    whole = json.loads(file.read_text())["network"]
+    sizes = [(2048, 2048)] * 2 + [(2048, 512)] * 2 + [(2048, 8192)] * 3
+    frozen = 16 * sum(rows * columns for rows, columns in sizes)
+    adapters = 16 * 8 * sum(rows + columns for rows, columns in sizes)
+    norms = (2 * 16 + 1) * 2048
+    assert whole["encoder_parameters"] == 128256 * 2048 + frozen + norms
+    assert whole["lora_parameters"] == adapters
+    assert whole["scale_parameters"] == 8 * 16 * 7
+    assert whole["head_parameters"] == 2 * 2048
+    assert whole["macs"] == frozen + adapters + 8 * 16 * 7
+    assert f"{whole['encoder_parameters']:,} parameters" in capsys.readouterr().out
+
+
+def test_a_shared_block_counts_at_every_depth(tmp_path):
+    """ALBERT-base: one block, twelve times."""
+    AlbertConfig(
+        hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=12
+    ).save_pretrained(tmp_path)
+    whole = costs(meta_network(str(tmp_path), 8, "all-linear"), [32])["network"]
+    block = 4 * 768**2 + 2 * 768 * 3072
+    adapter = 8 * (4 * (768 + 1 + 768) + 2 * (768 + 1 + 3072))
+    assert whole["lora_parameters"] + whole["scale_parameters"] == adapter
+    assert whole["macs"] == 12 * (block + adapter)
+    assert whole["at_bits"][32]["bit_operations"] == pytest.approx(1024 * whole["macs"], rel=1e-6)
 
 
 def test_the_command_prints_and_writes(inputs, tmp_path, capsys):

@@ -71,6 +71,25 @@ def test_the_network_starts_as_stock_peft_has_it(adapter, inputs, batch, changes
             assert (B == 0).all()
 
 
+def test_gpt2_starts_as_stock_peft_has_it(backbone, batch, tmp_path):
+    """Its weights lie the other way round, A and B of PEFT do not; one layer is square."""
+    options = {"target_modules": ["c_attn", "attn.c_proj", "c_fc"], "fan_in_fan_out": True}
+    model = get_peft_model(
+        backbone("gpt2"), LoraConfig(r=2, lora_alpha=5, task_type=TaskType.SEQ_CLS, **options)
+    ).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    network = AdaptedNetwork(backbone("gpt2"), rank=3, alpha=4.0).eval()
+    weights, unknown = read_peft(tmp_path, network, network.initial_adapter_weights())
+    assert unknown == ()
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        torch.testing.assert_close(network(batch, Latents(weights)), wanted, atol=2e-5, rtol=1e-5)
+
+
 def test_a_run_starts_there_without_a_warm_up(adapter, command, read_history, tmp_path):
     folder, _ = adapter()
     code, _, err = command(
