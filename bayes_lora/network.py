@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bayes_lora.errors import InputError
 from bayes_lora.flat_weights import initial_weights, split_weights
@@ -169,21 +167,14 @@ class AdaptedNetwork(nn.Module):
         return initial_weights(self.specs, self.rank, generator)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Compute the blocks' activations again in the backward pass instead of keeping them.
+        """Compute the blocks' activations twice instead of keeping them; a ValueError if it cannot.
 
-        Raises
-        ------
-        InputError
-            If the backbone cannot.
+        A block that is computed again is lent what it was lent the first time.
         """
-        backbone = cast(PreTrainedModel, self.backbone)
-        if not backbone.supports_gradient_checkpointing:
-            raise InputError(f"{type(backbone).__name__} has no gradient checkpointing")
         settings = {"use_reentrant": False, "context_fn": self._again}
-        backbone.gradient_checkpointing_enable(settings)
+        self.backbone.gradient_checkpointing_enable(settings)  # type: ignore[operator]
 
     def _again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What a block computes in, and computes in again: when no latents are lent any more."""
         return nullcontext(), self._lend([layer.latents for layer in self._layers])
 
     def unpack(self, latents: Latents) -> list[LayerLatents]:
@@ -269,8 +260,7 @@ class AdaptedNetwork(nn.Module):
         adapter_weights : Tensor
             Flat vector, shape (P,).
         tokens_per_batch : int
-            Tokens of every batch that the ranges are fitted to; none of what its
-            `attention_mask`, if it has one, says is padding.
+            Tokens of every batch, padding left out, that the ranges are fitted to.
         """
         samples: list[list[Tensor]] = [[] for _ in self._layers]
         no_padding: Tensor | None = None

@@ -8,7 +8,7 @@ import torch
 from pyro.nn import PyroModule
 
 from bayes_lora.costs import relative_bops
-from bayes_lora.errors import InputError
+from bayes_lora.errors import InputError, one_line
 from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.backbone import Backbone, absolute
 from bayes_lora.inference.config import FinetuneConfig
@@ -64,7 +64,10 @@ def assemble(
         trained_parameters=backbone.new_parameters,
     )
     if config.training.gradient_checkpointing:
-        network.gradient_checkpointing_enable()
+        try:
+            network.gradient_checkpointing_enable()
+        except ValueError as error:
+            raise InputError(f"leave out gradient_checkpointing: {one_line(error)}") from error
     model = BayesianLoRA(
         network,
         likelihood,

@@ -184,3 +184,43 @@ def test_calibration_leaves_padding_out(backbone, batch, adapter_weights):
 def test_a_backbone_that_is_not_in_single_precision_is_refused(backbone, dtype):
     with pytest.raises(ValueError, match="must be in float32"):
         AdaptedNetwork(backbone().to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta"])
+def test_activations_computed_twice_give_the_same_gradients(kind, backbone, batch, adapter_weights):
+    """With gates open in part, whose gradient a block computed without them would not have."""
+    found, kept = [], []
+    for twice in (False, True):
+        network = AdaptedNetwork(backbone(kind, hidden_dropout_prob=0.1), rank=3).train()
+        weights = adapter_weights(network)
+        network.calibrate([batch], weights)
+        if twice:
+            network.gradient_checkpointing_enable()
+        draw = torch.Generator().manual_seed(3)
+        gates = [torch.rand(s, generator=draw) for s in (network.rank_gate_shape,
+                                                         network.bit_gate_shape)]  # fmt: skip
+        leaves = [t.clone().requires_grad_() for t in (weights, *gates)]
+        sizes = {}
+        torch.manual_seed(4)
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = network(batch, Latents(*leaves)).logsumexp(-1).sum()
+        kept.append(sum(sizes.values()))
+        loss.backward()
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        found.append([loss, *(leaf.grad for leaf in (*leaves, *parameters))])
+    assert all(gradient.abs().sum() > 0 for gradient in found[0])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-7)
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_backbone_that_keeps_its_activations_says_so(backbone, monkeypatch):
+    network = AdaptedNetwork(backbone(), rank=3)
+    monkeypatch.setattr(type(network.backbone), "supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="does not support"):
+        network.gradient_checkpointing_enable()
