@@ -4,7 +4,8 @@ One output row for every input row, in the same order, written as it goes: `line
 from 1), `label`, `probability`, and entropies in nats, what the data and what the posterior leave
 open (`predict.described`); in regression `label` and variances. A row that cannot be read has an
 `error` instead. Only some rows are in memory at a time. Until all are finished they are in
-FILE.partial, where the same command goes on after it was stopped.
+FILE.partial, where the same command goes on after it was stopped. Several processes share the rows
+(`accelerate launch -m bayes_lora.inference.predict_file`), and the main one writes them all.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference import processes
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.loading import FineTuned, load
@@ -104,21 +105,23 @@ def predict_file(
                 first.append(row) if bad <= SHOWN else None
             yield row
 
+    main, at_once = processes.is_main(), CHUNK * processes.state().num_processes
+    processes.wait()  # all have looked at the partial file: now it may change
     try:
         write_text(settings, mine)
         # a byte that is not UTF-8 spoils its row, not the file
         with (
             source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
-            partial.open("a+", encoding="utf-8", newline="") as out,
+            (partial if main else Path(os.devnull)).open("a+", encoding="utf-8", newline="") as out,
         ):
             rows = watched(read_rows(file, source.suffix, model.task.text_columns))
-            total = _finished(out, header=target.suffix == ".csv")
+            total = processes.of_main(_finished(out, target.suffix == ".csv") if main else 0)
             for _ in islice(rows, total):
                 pass
             if not out.tell() and target.suffix == ".csv":
                 csv.DictWriter(out, names, lineterminator="\n").writeheader()
-            with tqdm(initial=total, unit="row", disable=None) as progress:
-                while chunk := list(islice(rows, CHUNK)):
+            with tqdm(initial=total, unit="row", disable=None if main else True) as progress:
+                while chunk := list(islice(rows, at_once)):
                     found = answers(model, chunk, draws, seed)
                     if target.suffix == ".csv":
                         csv.DictWriter(out, names, lineterminator="\n").writerows(found)
@@ -127,13 +130,14 @@ def predict_file(
                     out.flush()
                     total += len(chunk)
                     progress.update(len(chunk))
-        os.replace(partial, target)
+        if main:
+            os.replace(partial, target)
     except OSError as error:
         raise InputError(f"cannot read {source} or write {target}: {error.strerror}") from error
     finally:
-        if partial.is_file() and not partial.stat().st_size:  # nothing to go on with
+        if main and partial.is_file() and not partial.stat().st_size:  # nothing to go on with
             partial.unlink()
-        if settings.is_file() and not partial.exists():
+        if main and settings.is_file() and not partial.exists():
             settings.unlink()
     return total, bad, first
 
@@ -180,12 +184,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if options.output.exists() and not options.overwrite:
         raise InputError(f"{options.output} is there already: replace it with --overwrite")
     quiet()
-    model = load(options.run, Accelerator().device)
+    model = load(options.run, processes.state().device)
     if options.draws and model.draw is None:
         raise InputError(f"{options.run} is an export without a posterior: leave out --draws")
     total, bad, first = predict_file(
         model, options.input, options.output, options.draws, options.seed
     )
+    main = processes.is_main()
+    processes.finish()
+    if not main:
+        return
     for row in first:
         print(f"{options.input}, line {row.line}: {row.error}", file=sys.stderr)
     if bad > len(first):

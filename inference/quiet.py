@@ -14,6 +14,8 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Encountered NaN")  # reported as an error, once
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate's
+    # names that older versions of accelerate and transformers still need
+    for name in ("broadcast_buffers", "gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import BertConfig, BertForSequenceClassification
 
 from bayes_lora.errors import InputError, Interrupted
-from bayes_lora.inference import posterior, processes, train_run
+from bayes_lora.inference import posterior, predict_file, processes, train_run
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.elbo import TermwiseELBO
@@ -222,7 +222,8 @@ def together(folder):
     found["refined"] = finetune(configured(folder, "--output_dir", folder / "refined", *refine))
     chains = ("--output_dir", folder / "chains", "--restarts", 2, "--epochs", 1)
     found["chains"] = finetune(configured(folder, *chains))
-    processes.finish()
+    words = [folder / "whole", "--input", folder / "texts.jsonl", "--output", folder / "two.csv"]
+    predict_file.run([str(word) for word in words])  # at its end the processes part
     return found
 
 

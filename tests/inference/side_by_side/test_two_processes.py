@@ -14,6 +14,7 @@ import side_by_side as work
 import torch
 from accelerate.state import AcceleratorState
 
+from bayes_lora.inference import predict_file
 from bayes_lora.inference.finetune import finetune
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,8 @@ def two(place, inputs):
         shutil.copytree(inputs / "model", place / "model")
         shutil.copy(inputs / "train.jsonl", place)
         shutil.copy(inputs / "validation.jsonl", place / "dev.jsonl")
+        rows = (place / "dev.jsonl").read_text().splitlines() * 11  # more than one process' turn
+        (place / "texts.jsonl").write_text("\n".join([*rows[:30], "{", *rows[30:]]) + "\n")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -155,3 +158,12 @@ def test_chains_are_those_of_one_process(two, place, alone):
 def test_a_checkpoint_of_two_processes_is_not_one_of_a_single(two, place, alone):
     config = work.configured(place, "--output_dir", place / "whole", "--resume")
     assert finetune(config)["score"] == two[0]["metrics"]["score"]  # finished: read
+
+
+def test_rows_of_a_file_are_shared_and_written_once_in_their_order(two, place, alone):
+    words = [place / "whole", "--input", place / "texts.jsonl", "--output", place / "one.csv"]
+    predict_file.run([str(word) for word in words])
+    one, both = ((place / name).read_text().splitlines() for name in ("one.csv", "two.csv"))
+    assert len(one) == 1 + 661
+    assert both == one
+    assert "JSON" in one[31]
