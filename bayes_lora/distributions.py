@@ -143,7 +143,7 @@ class HardConcrete(TorchDistribution):
         nodes, weights = np.polynomial.legendre.leggauss(32)
         t, w = (torch.from_numpy(x).to(self.logits) for x in ((nodes + 1) / 2, weights / 2))
         at = self.temperature[..., None] * torch.logit((t - GAMMA) / (ZETA - GAMMA))
-        return torch.sigmoid(self.logits[..., None] - at) @ w
+        return (torch.sigmoid(self.logits[..., None] - at) * w).sum(-1)
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw gates of shape `sample_shape + batch_shape`, differentiable in the logits.

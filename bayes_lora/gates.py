@@ -189,4 +189,5 @@ def expected_bits(gates: Tensor) -> Tensor:
     tensor(6.)
     """
     weights = level_weights(gates)
-    return weights @ weights.new_tensor(level_bits(gates.shape[-1]))
+    # a sum, as autocast would have a matrix product in 16 bits
+    return (weights * weights.new_tensor(level_bits(gates.shape[-1]))).sum(-1)

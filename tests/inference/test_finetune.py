@@ -295,3 +295,22 @@ def test_weight_draws_are_kept_if_asked_for(command, tmp_path):
     loc = load_file(tmp_path / "run" / "guide.safetensors")["loc"]
     assert weights.shape == (1, 4, len(loc))
     assert float(weights.std("draw").min()) > 0
+
+
+def test_accumulated_batches_make_fewer_steps(command, tmp_path, read_history):
+    code, _, err = command(gradient_accumulation_steps=2)
+    assert code == 0, err
+    assert [int(row["step"]) for row in read_history(tmp_path / "run")] == list(range(12))
+    code, _, err = command(gradient_accumulation_steps=0, overwrite="")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "gradient_accumulation_steps" in err
+
+
+def test_activations_computed_twice_change_no_step(command, tmp_path, read_history):
+    """With dropout, and gates that are drawn: the second computation draws the same."""
+    losses = {}
+    for name, option in (("kept", None), ("twice", "")):
+        code, _, err = command(gradient_checkpointing=option, output_dir=tmp_path / name)
+        assert code == 0, err
+        losses[name] = [float(row["loss"]) for row in read_history(tmp_path / name)]
+    assert losses["twice"] == pytest.approx(losses["kept"], rel=1e-5)

@@ -3,6 +3,7 @@
 import pyro
 import pytest
 import torch
+from accelerate import Accelerator
 from pyro import poutine
 from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
@@ -279,3 +280,37 @@ def test_quantizing_before_calibration_is_an_error(backbone, batch):
     model, _ = pair(network)
     with pytest.raises(RuntimeError, match="calibrate"):
         model(batch)
+
+
+def test_under_autocast_the_network_is_in_bfloat16_and_the_rest_in_float32(network, batch):
+    model, guide = pair(network)
+    network.calibrate([batch], guide.loc)
+    elbo = TermwiseELBO()
+    module = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(elbo(model, guide))
+    outputs, lent = [], []
+    layer = network.backbone.get_submodule(network.specs[0].path)
+
+    def look(mine, arguments, output):
+        outputs.append(output.dtype)
+        lent.append(mine.latents)
+
+    handle = layer.register_forward_hook(look)
+    torch.manual_seed(3)
+    loss = module(batch, LABELS)
+    handle.remove()
+    loss.backward()
+    assert outputs == [torch.bfloat16]
+    assert lent[0].component_weights.dtype == torch.float32
+    assert {mixture.weights.dtype for mixture in lent[0].mixtures.values()} == {torch.float32}
+    assert {term.dtype for term in elbo.terms.values()} == {torch.float32}
+    kept = [*guide.parameters(), *network.buffers()]
+    assert {tensor.dtype for tensor in kept if tensor.is_floating_point()} == {torch.float32}
+    assert {p.grad.dtype for p in guide.parameters()} == {torch.float32}
+    torch.manual_seed(3)
+    plain = TermwiseELBO()
+    plain(model, guide)(batch, LABELS)
+    # eight bits of mantissa in the network, none lost anywhere else
+    for name, term in elbo.terms.items():
+        assert term.item() == pytest.approx(
+            plain.terms[name].item(), rel=0.02 if name == "log_likelihood" else 1e-6
+        )
