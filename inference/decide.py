@@ -119,7 +119,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         # the network settled without what is less probable than not: its weights are not trained
         raise InputError(f"min_probability is {least:g}: give one from 0.5 to below 1")
     quiet()
-    found = read_run(options.run)
+    found = read_run(options.run, decide=True)
     if not found.model.gated:
         raise InputError(f"{options.run} has no gates to decide: it was trained with --method lora")
     loss = None

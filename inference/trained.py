@@ -67,8 +67,15 @@ class Trained:
     gates: Gates
 
 
-def read_run(folder: Path) -> Trained:
+def read_run(folder: Path, decide: bool = False) -> Trained:
     """Read back what `bayes-lora finetune` left.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    decide : bool
+        If its decision cannot be read, say so on standard error, and take the guide's.
 
     Raises
     ------
@@ -93,7 +100,13 @@ def read_run(folder: Path) -> Trained:
         )
         _fill(guide, folder / "guide.safetensors")
         _fill(model, folder / "head.safetensors")
-    gates = read_decision(folder / "decision.json", model.network)
+    try:
+        gates = read_decision(folder / "decision.json", model.network)
+    except InputError as error:
+        if not decide:
+            raise InputError(f"{error}: `bayes-lora decide {folder}` writes it anew") from error
+        print(f"bayes-lora: {error}: it is written anew", file=sys.stderr)
+        gates = guide.decision()
     return Trained(folder, config, task, backbone.tokenizer, model.eval(), guide, gates)
 
 

@@ -138,6 +138,20 @@ def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_damaged_decision_is_written_anew_where_one_is_decided_and_nowhere_else(run, capsys):
+    folder = run()
+    path = folder / "decision.json"
+    path.write_text(path.read_text()[:60])
+    assert main(["export", str(folder), "--format", "packed", "--to", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"`bayes-lora decide {folder}` writes it anew" in error
+    assert error.count("\n") == 1
+    assert main(["decide", str(folder)]) == 0
+    assert "decision.json" in capsys.readouterr().err
+    found = read_run(folder)
+    assert all(map(torch.equal, found.gates, found.guide.decision()))
+
+
 @pytest.mark.parametrize("broken", ["guide.safetensors", "head.safetensors", "task.json"])
 def test_a_damaged_run_is_refused_by_name(run, capsys, broken):
     folder = run()
