@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from bayes_lora.costs import (
     FULL_BITS,
@@ -34,6 +44,14 @@ from bayes_lora.network import AdaptedNetwork
 
 WIDTHS = level_bits(3)  # 2, 4, 8, 16
 
+KINDS = (
+    (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
+    (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
+    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
+)
+"""What is built of a configuration: the first of these that its architecture has."""
+
 
 def meta_network(
     backbone: str | None,
@@ -41,7 +59,10 @@ def meta_network(
     target_modules: str,
     quantized_tensors: Sequence[str] = TENSORS,
 ) -> AdaptedNetwork:
-    """Build an adapted sequence classifier of two classes that has shapes and no weights.
+    """Build an adapted network that has shapes and no weights.
+
+    It classifies texts or images, two classes, or is a language model: the first its architecture
+    can.
 
     Parameters
     ----------
@@ -59,19 +80,20 @@ def meta_network(
     Raises
     ------
     InputError
-        If there is no such configuration, or no classifier of its architecture.
+        If there is no such configuration, or no such network of its architecture.
     """
     name = located(backbone)
     try:
         config = AutoConfig.from_pretrained(name, num_labels=2, trust_remote_code=False)
+        kinds = [kind for known, kind in KINDS if type(config) in known]
+        if not kinds:
+            raise ValueError(f"{config.model_type} neither classifies nor writes")
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(
-                config, trust_remote_code=False
-            ).float()
+            model = kinds[0].from_config(config, trust_remote_code=False).float()
     except Exception as error:  # what a broken file raises depends on the library that reads it
         raise InputError(
             f"cannot build backbone {name!r} ({one_line(error)}): give a model of the hub, a "
-            "folder or a config.json of a sequence classifier"
+            "folder or a config.json of a classifier or a language model"
         ) from error
     with torch.device("meta"):
         return AdaptedNetwork(

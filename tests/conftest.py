@@ -6,6 +6,8 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -47,6 +51,12 @@ V3 = {
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}  # queries that share a key
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+PAIRED = {  # an encoder and a decoder, each with its own name for what `SIZE` says
+    "d_model": 16, "d_kv": 8, "d_ff": 24, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+    "encoder_layers": 2, "decoder_layers": 2, "num_layers": 2, "num_heads": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0,
+    "dropout_rate": 0.0, "init_std": 0.3, "decoder_start_token_id": 0,
+}  # fmt: skip
 KINDS = {
     "bert": (BertForSequenceClassification, BertConfig, {}),
     "roberta": (RobertaForSequenceClassification, RobertaConfig, {}),
@@ -55,6 +65,8 @@ KINDS = {
     "llama": (LlamaForSequenceClassification, LlamaConfig, GROUPED),
     "qwen2": (Qwen2ForSequenceClassification, Qwen2Config, GROUPED),
     "gpt2": (GPT2ForSequenceClassification, GPT2Config, {"n_inner": 24} | NO_DROPOUT | ENDS),
+    "bart": (BartForSequenceClassification, BartConfig, PAIRED | ENDS),
+    "t5": (T5ForSequenceClassification, T5Config, PAIRED | {"eos_token_id": 2}),
     "vit": (
         ViTForImageClassification,
         ViTConfig,
@@ -103,7 +115,19 @@ def images():
 @pytest.fixture
 def inputs_of(batch, images):
     """What a backbone of this kind takes."""
-    return lambda kind: images if kind == "vit" else batch
+
+    def make(kind):
+        if kind == "vit":
+            return images
+        if kind in ("bart", "t5"):  # they classify at the one token that ends a text
+            ids = torch.full_like(batch["input_ids"], 3).where(
+                batch["input_ids"] == 2, batch["input_ids"]
+            )
+            last = batch["attention_mask"].sum(-1, keepdim=True) - 1
+            return batch | {"input_ids": ids.scatter(1, last, 2)}
+        return batch
+
+    return make
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Decoders, vision transformers, and weights that several modules share, against the stock models.
+"""Decoders, pairs of stacks, vision transformers, weights in several modules: as the stock models.
 
 What holds for encoders of text is in `test_network` and `test_decided`.
 """
@@ -19,7 +19,7 @@ from bayes_lora.flat_weights import split_weights
 from bayes_lora.network import AdaptedNetwork, Latents
 from bayes_lora.targets import linear_layers
 
-KINDS = ["llama", "qwen2", "gpt2", "vit", "albert"]
+KINDS = ["llama", "qwen2", "gpt2", "vit", "albert", "bart", "t5"]
 
 
 @pytest.fixture

@@ -3,7 +3,15 @@
 import json
 
 import pytest
-from transformers import AlbertConfig, DebertaV2Config, LlamaConfig
+from transformers import (
+    AlbertConfig,
+    DebertaV2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MarianConfig,
+    ViTConfig,
+    ViTMAEConfig,
+)
 
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.costs import costs, meta_network
@@ -82,6 +90,32 @@ def test_a_shared_block_counts_at_every_depth(tmp_path):
     assert whole["lora_parameters"] + whole["scale_parameters"] == adapter
     assert whole["macs"] == 12 * (block + adapter)
     assert whole["at_bits"][32]["bit_operations"] == pytest.approx(1024 * whole["macs"], rel=1e-6)
+
+
+def test_images_and_language_models_have_costs_too(tmp_path):
+    """One block of each, by hand; a vision transformer, GPT-NeoX, and Marian's two stacks."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    block = 4 * 16 * 16 + 2 * 16 * 24
+    paired = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))
+    }
+    for name, config, macs in (
+        ("vit", ViTConfig(**size, intermediate_size=24), block),
+        ("neox", GPTNeoXConfig(**size, intermediate_size=24, vocab_size=60), block),
+        ("marian", MarianConfig(d_model=16, **paired), 2 * block + 4 * 16 * 16),
+    ):
+        config.save_pretrained(tmp_path / name)
+        network = meta_network(str(tmp_path / name), 2, "all-linear")
+        adapters = sum(spec.num_weights(2) for spec in network.specs)
+        assert costs(network, [32])["network"]["macs"] == macs + adapters
+
+
+def test_an_architecture_that_does_neither_is_refused(tmp_path, capsys):
+    ViTMAEConfig().save_pretrained(tmp_path)
+    assert main(["costs", "--backbone", str(tmp_path)]) == 2
+    assert "vit_mae neither classifies nor writes" in capsys.readouterr().err
 
 
 def test_the_command_prints_and_writes(inputs, tmp_path, capsys):
