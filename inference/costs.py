@@ -47,8 +47,8 @@ WIDTHS = level_bits(3)  # 2, 4, 8, 16
 KINDS = (
     (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
     (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
-    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
+    (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),  # of a pair of stacks it has but one
 )
 """What is built of a configuration: the first of these that its architecture has."""
 
