@@ -149,8 +149,12 @@ def _refuse_shared(backbone: nn.Module, chosen: Mapping[str, LinearLayer]) -> No
 def freeze_encoder(backbone: nn.Module, but: Collection[str] = ()) -> None:
     """Freeze the encoder, `backbone.base_model`, but for the parameters of these names.
 
-    The head outside the encoder stays trainable.
+    The head outside the encoder stays trainable, except that of a language model, which is
+    pretrained.
     """
     getattr(backbone, "base_model", backbone).requires_grad_(False)
+    of_words = getattr(backbone, "get_output_embeddings", lambda: None)()
+    if of_words is not None:
+        of_words.requires_grad_(False)
     for name in but:
         backbone.get_parameter(name).requires_grad_(True)

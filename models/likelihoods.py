@@ -3,6 +3,7 @@
     classification   label ~ Categorical(logits),      output (batch, classes)
     regression       label ~ Normal(center + spread output, spread noise),
                                                        output (batch, 1), noise learned
+    language model   tokens ~ NextTokens(logits),      output (batch, T, vocabulary)
 
 Arguments are not validated: an output that is not finite must reach the loss, where training
 stops by name of step and term. Both are modules, so that what they learn is trained, moved and
@@ -15,6 +16,8 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+
+from bayes_lora.next_tokens import NextTokens
 
 
 class Classification(PyroModule):
@@ -67,3 +70,18 @@ class Regression(PyroModule):
         """Distribution of the labels (batch,) given standardised means (batch, 1)."""
         mean = self.center + self.spread * output.squeeze(-1)
         return dist.Normal(mean, self.spread * self.log_noise.exp(), validate_args=False)
+
+
+class LanguageModel(PyroModule):
+    """Likelihood of whole texts under a causal language model; the plate counts texts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> LanguageModel()(torch.zeros(2, 5, 9)).event_shape
+    torch.Size([5])
+    """
+
+    def forward(self, output: Tensor) -> dist.Distribution:
+        """Distribution of the tokens (batch, T) given logits (batch, T, vocabulary)."""
+        return NextTokens(output)

@@ -25,7 +25,10 @@ FRONT_DOOR = {"bayes_lora/__init__.py": ["bayes_lora.inference.loading.load"] * 
 # Inside bayes_lora, a module imports from its own level and the ones before.
 LEVELS = [
     ["errors", "row_sample"],
-    ["distributions", "gated_normal", "gates", "point_mass", "quantization", "targets"],
+    [
+        *("distributions", "gated_normal", "gates", "next_tokens", "point_mass"),
+        *("quantization", "targets"),
+    ],
     ["flat_weights", "packing", "ranges"],
     ["layers"],
     ["network"],
