@@ -61,11 +61,9 @@ def in_a_child(name: object, function: Callable[..., object], *arguments: object
 
 def _report(sender: Connection, function: Callable[..., object], *arguments: object) -> None:
     """In the process: what the function raises, or None."""
-    device = int(os.environ.get("LOCAL_RANK", "0"))
-    for variable in GROUP:
-        os.environ.pop(variable, None)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device)
+    launched = {name: os.environ.pop(name) for name in GROUP if name in os.environ}
+    if "LOCAL_RANK" in launched and torch.cuda.is_available():
+        torch.cuda.set_device(int(launched["LOCAL_RANK"]))
     try:
         function(*arguments)
     except Exception as error:
@@ -76,5 +74,7 @@ def _report(sender: Connection, function: Callable[..., object], *arguments: obj
 
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(
-        "stopped by SIGTERM; the same command goes on, finished cells are kept", number
+        "stopped by SIGTERM; what is finished is kept, and the same command goes on "
+        "(that of finetune with --resume)",
+        number,
     )

@@ -88,9 +88,12 @@ def mean(values: Tensor) -> Tensor:
     return found
 
 
-def most(value: float) -> float:
-    """The largest of all processes' values."""
-    return max(of_each(value))
+def most(*values: float) -> list[float]:
+    """The largest value of all processes, for each of these."""
+    if state().num_processes == 1:
+        return list(values)
+    found: list[float] = reduce(torch.tensor(values, device=state().device), "max").tolist()
+    return found
 
 
 @torch.no_grad()

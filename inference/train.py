@@ -202,7 +202,7 @@ def averaged(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     >>> averaged([{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(4.0)}])
     {'loss': 2.5}
     """
-    every = torch.stack([torch.stack([t.double() for t in each.values()]) for each in terms])
+    every = torch.stack([torch.stack([t.float() for t in each.values()]) for each in terms])
     return dict(zip(terms[0], processes.mean(every.mean(0)).tolist(), strict=True))
 
 

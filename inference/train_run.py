@@ -175,10 +175,12 @@ def _train(
         return gates
 
     def keep(training: Training, phase_ended: bool) -> None:
+        due = processes.is_main() and keeper.due(training.step)
         # a signal that comes later waits for the next step
-        pending.signal = int(processes.most(pending.signal or 0)) or None
+        signal, late = processes.most(float(pending.signal or 0), float(due))
+        pending.signal = int(signal) or None
         signalled = pending.signal is not None
-        if phase_ended or signalled or processes.of_main(keeper.due(training.step)):
+        if phase_ended or signalled or late:
             mine = {"unsettled": unsettled, "seconds": time.monotonic() - begun}
             kept = history.kept()
             keeper.keep(

@@ -3,6 +3,7 @@
 import pyro
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -77,6 +78,12 @@ KINDS = {
         {"image_size": 8, "patch_size": 4, "num_channels": 1},
     ),
 }
+
+
+@pytest.fixture
+def alone():
+    """Accelerate knows of no other process or precision, as in a new process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,12 @@
 """The comparison on a tiny model: cells, choice of a rate, resumption, tables."""
 
 import json
-import os
-import signal
-import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from bayes_lora.errors import InputError, Interrupted
 from bayes_lora.inference import cells, compare
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.comparison import Cell, collect, markdown, plot_comparison, table
@@ -147,37 +141,3 @@ def test_the_mean_over_tasks_is_of_methods_that_have_all():
 def test_the_picture_has_a_panel_a_task():
     figure = plot_comparison(cells_of(lora={"a": [0.8], "b": [0.5]}, qr={"a": [0.7, 0.8]}))
     assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
-
-
-def _sleep(started, seconds):
-    Path(started).touch()
-    time.sleep(seconds)
-
-
-def _refuse(message):
-    raise InputError(message)
-
-
-def test_what_a_process_raises_is_raised_and_its_death_told():
-    with pytest.raises(InputError, match="not like this"):
-        cells._run_and_wait("cell", _refuse, "not like this")
-    with pytest.raises(InputError, match=r"cell: its process was killed \(exit code 3\)"):
-        cells._run_and_wait("cell", os._exit, 3)
-
-
-def test_sigterm_ends_the_process_too(tmp_path):
-    begun = time.monotonic()
-    started = tmp_path / "started"
-
-    def terminate():
-        while not started.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=terminate).start()
-    with pytest.raises(Interrupted) as caught:
-        cells._run_and_wait("cell", _sleep, str(started), 600)
-    assert caught.value.signal == signal.SIGTERM
-    assert time.monotonic() - begun < 300  # it did not sleep to its end
-    assert signal.getsignal(signal.SIGTERM) == before

@@ -103,7 +103,7 @@ def own_code(folder, source, model_type, ran):
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["own", "vit"])  # vit has no classifier of texts
+@pytest.mark.parametrize("model_type", ["own", "encodec"])  # transformers has no classifier of it
 @pytest.mark.parametrize("reader", ["load_backbone", "load", "meta_network"])
 def test_code_of_a_folder_is_not_run(
     reader, model_type, decided_run, inputs, tmp_path, monkeypatch

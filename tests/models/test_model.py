@@ -282,7 +282,7 @@ def test_quantizing_before_calibration_is_an_error(backbone, batch):
         model(batch)
 
 
-def test_under_autocast_the_network_is_in_bfloat16_and_the_rest_in_float32(network, batch):
+def test_under_autocast_the_network_is_in_bfloat16_and_the_rest_in_float32(network, batch, alone):
     model, guide = pair(network)
     network.calibrate([batch], guide.loc)
     elbo = TermwiseELBO()

@@ -207,7 +207,7 @@ def together(folder):
     rows = next(iter(loader(EXAMPLES)))
     halves = [{k: v[i * 24 : i * 24 + 24] for k, v in rows.items()} for i in range(2)]
     found = {"gradients": gradients(halves[index]), "trained": trained(8), "draws": draws(),
-             "predicted": predicted(), "most": processes.most(index + 0.5),
+             "predicted": predicted(), "most": processes.most(index + 0.5, 1 - index),
              "of_main": processes.of_main(index),
              "share": processes.joined(list(processes.share("abcde")))}  # fmt: skip
     pyro.clear_param_store()
