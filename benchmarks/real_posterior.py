@@ -38,11 +38,12 @@ from torch.utils.data import DataLoader
 from bayes_lora.costs import relative_bops
 from bayes_lora.gates import nested, rank_probabilities
 from bayes_lora.inference.batches import fixed_batches
-from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.data import load_task
 from bayes_lora.inference.draws import draw_posterior
 from bayes_lora.inference.natural_gradient import GateSet, ascend
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.refine import DRAWS, refine_guide
+from bayes_lora.inference.tokens import tokenize
 from bayes_lora.inference.trained import read_run
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA

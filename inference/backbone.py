@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -59,7 +60,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 class Backbone(NamedTuple):
-    """A pretrained sequence classifier.
+    """A pretrained sequence classifier, or a language model.
 
     Attributes
     ----------
@@ -68,7 +69,7 @@ class Backbone(NamedTuple):
     tokenizer : PreTrainedTokenizerBase
         The one it was trained with.
     new_parameters : tuple of str
-        Names of what the checkpoint lacks, drawn at random: the head, often the pooler.
+        Names of what the checkpoint lacks, drawn at random: a classifier's head, often the pooler.
     """
 
     model: PreTrainedModel
@@ -76,15 +77,22 @@ class Backbone(NamedTuple):
     new_parameters: tuple[str, ...]
 
 
-def load_backbone(name: str | None, num_labels: int) -> Backbone:
-    """Load a sequence classifier and its tokenizer.
+def model_class(
+    num_labels: int | None,
+) -> type[Any]:
+    """What of transformers loads a classifier of so many labels; None, a language model."""
+    return AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+
+
+def load_backbone(name: str | None, num_labels: int | None) -> Backbone:
+    """Load a sequence classifier, or a causal language model, and its tokenizer.
 
     Parameters
     ----------
     name : str or None
         Model name on the hub, or a folder with `config.json`; None for `DEMO`.
-    num_labels : int
-        Outputs of the head, which is drawn anew; 1 for regression.
+    num_labels : int or None
+        Outputs of the head, which is drawn anew; 1 for regression; None for a language model.
 
     Returns
     -------
@@ -95,7 +103,8 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
     ------
     InputError
         If the folder is no model, or the hub has none of that name or cannot be reached, or if
-        weights of the encoder's blocks are missing.
+        weights of the encoder's blocks are missing; or if a language model has no pretrained head,
+        or looks at the tokens that it is to predict.
     """
     name = located(name)
     folder = Path(name)
@@ -104,9 +113,9 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
     try:
         # without a word transformers asks at the terminal whether to run a model's own code
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = model_class(num_labels).from_pretrained(
             name,
-            num_labels=num_labels,
+            **({} if num_labels is None else {"num_labels": num_labels}),
             ignore_mismatched_sizes=True,  # the head of another task is drawn anew
             output_loading_info=True,
             trust_remote_code=False,
@@ -128,8 +137,20 @@ def load_backbone(name: str | None, num_labels: int) -> Backbone:
         )
     if bad := not_finite(dict(model.named_parameters())):
         raise InputError(f"{name} is damaged: {bad} is not finite")
+    if num_labels is None and (new or _looks_ahead(model.eval())):
+        raise InputError(
+            f"{name} is no causal language model: "
+            + (f"its {new[0]} is not pretrained" if new else "it looks at the tokens to predict")
+        )
     _fit_together(name, model, tokenizer)
     return Backbone(model.float(), tokenizer, new)
+
+
+@torch.no_grad()
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether the output at the first token depends on the second."""
+    one, two = (model(torch.tensor([[1, second]])).logits[0, 0] for second in (1, 2))
+    return not torch.allclose(one, two, rtol=1e-4, atol=1e-4)
 
 
 def _fit_together(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,7 +7,7 @@
                           relative_bops (chain, draw)                       of 32 x 32 bits
     prior                 the same, with draws of its own
     log_likelihood        label      (chain, draw, example)                 nats
-    posterior_predictive  label      (chain, draw, example)
+    posterior_predictive  label      (chain, draw, example)                 not of texts
     observed_data         label      (example)
     sample_stats          log_q, log_p (chain, draw), nats
                           rank_open_probability (chain, layer, component)   of the guide, exact
@@ -18,8 +18,8 @@
                           phase (step)
                           rank_trajectory (chain, recorded_step, layer)     expected rank
                           bits_trajectory (chain, recorded_step, layer, tensor)
-    predictions           probability (chain, draw, validation_example, class),
-                          or mean and deviation (chain, draw, validation_example)
+    predictions           probability (chain, draw, validation_example, class), or mean and
+                          deviation, or log_probability, nats (chain, draw, validation_example)
     predictions_constant_data   label (validation_example)
 
 A chain is an independent restart of SVI, a draw one of its guide. Draws of one guide are
@@ -49,7 +49,7 @@ from bayes_lora.gates import expected_bits
 from bayes_lora.inference.draws import quantities
 from bayes_lora.inference.files import write_whole
 from bayes_lora.inference.history import History
-from bayes_lora.inference.predict import Prediction
+from bayes_lora.inference.predictive import Prediction
 from bayes_lora.models.model import Gates
 from bayes_lora.network import AdaptedNetwork
 
@@ -67,6 +67,7 @@ DIMS = {
     "probability": ["validation_example", "class"],
     "mean": ["validation_example"],
     "deviation": ["validation_example"],
+    "log_probability": ["validation_example"],
 }
 """Dimensions of every variable that has one value a draw, after (chain, draw)."""
 
@@ -80,7 +81,7 @@ class Draws:
     gates : Gates
         Open or closed: shapes (S, L, R) and (S, L, T, K).
     log_likelihood, predicted_labels : Array
-        Of n training examples, nats and labels: shapes (S, n).
+        Of n training examples, nats and labels: shapes (S, n). No labels of a language model.
     log_q, log_p : Array
         Log density of guide and model, nats, up to a constant: shapes (S,).
     predictions : Prediction
@@ -91,7 +92,7 @@ class Draws:
 
     gates: Gates
     log_likelihood: Array
-    predicted_labels: Array
+    predicted_labels: Array | None
     log_q: Array
     log_p: Array
     predictions: Prediction
@@ -138,26 +139,26 @@ def bundle(
     posterior = quantities(network, draws.gates, len(draws.log_q))
     if draws.adapter_weights is not None:
         posterior["adapter_weights"] = draws.adapter_weights
-    first, second = draws.predictions
-    predictions = {"mean": first, "deviation": second} if second.size else {"probability": first}
     names = coordinates(network) | {"example": list(labels), "class": list(classes)}
     drawn = _of_draws(posterior, names)
     if draws.adapter_weights is not None:
         of_weight = weight_coordinates(network.specs, network.rank)
         drawn = drawn.assign_coords({name: ("parameter", v) for name, v in of_weight.items()})
-    return az.InferenceData(
+    found = az.InferenceData(
         posterior=drawn,
         prior=_of_draws(quantities(network, prior, prior_draws), names),
-        posterior_predictive=_of_draws({"label": draws.predicted_labels}, names),
         log_likelihood=_of_draws({"label": draws.log_likelihood}, names),
         observed_data=_dataset({"label": (["example"], np.array(list(labels.values())))}, names),
         sample_stats=_sample_stats(network, draws, history, names),
-        predictions=_of_draws(predictions, names),
+        predictions=_of_draws(draws.predictions._asdict(), names),
         predictions_constant_data=_dataset(
             {"label": (["validation_example"], validation_labels)}, names
         ),
         attrs=dict(attributes),
     )
+    if (drawn_labels := draws.predicted_labels) is not None:
+        found.add_groups(posterior_predictive=_of_draws({"label": drawn_labels}, names))
+    return found
 
 
 def _sample_stats(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from bayes_lora.inference.backbone import model_class
 from bayes_lora.inference.manifest import Manifest
 from bayes_lora.inference.table import short_names
 from bayes_lora.layers import TENSORS
@@ -40,9 +41,9 @@ By the rule: {by}. Tensors at 32 bits are not quantized. {kept}
 LOAD = """import bayes_lora
 
 bayes_lora.load("FOLDER").predict([{example}])"""
-STOCK = """from transformers import AutoModelForSequenceClassification
+STOCK = """from transformers import {of_task}
 
-model = AutoModelForSequenceClassification.from_pretrained({arguments})"""
+model = {of_task}.from_pretrained({arguments})"""
 PEFT = """
 from peft import PeftModel
 
@@ -54,7 +55,8 @@ KEPT = {
 }
 
 ROWS = {
-    "score": "score", "nll": "NLL, nats", "ece": "expected calibration error",
+    "score": "score", "perplexity": "perplexity", "nll": "NLL, nats",
+    "ece": "expected calibration error",
     "relative_bops_32": "bit operations relative to 32 x 32 bits",
     "relative_bops_16": "bit operations relative to 16 x 16 bits",
     "adapter_bytes": "bytes of the adapters",
@@ -77,9 +79,10 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str, pad_to
     """
     name, task = manifest.backbone, manifest.task.name
     library = {"peft": "peft", "merged": "transformers"}.get(manifest.form, "bayes-lora")
+    kind = "generation" if manifest.task.is_language_model else "classification"
     front = [
         f"library_name: {library}",
-        "pipeline_tag: text-classification",
+        f"pipeline_tag: text-{kind}",
         "tags: [bayes-lora, lora, quantization]",
     ]
     source = name
@@ -113,10 +116,14 @@ def _use(manifest: Manifest, source: str, pad_token_id: int) -> str:
     if manifest.form == "packed":
         pair = len(task.text_columns) == 2
         return LOAD.format(example='("One text.", "Another.")' if pair else '"A text."')
+    of_task = model_class(task.num_labels).__name__
     if manifest.form == "merged":
-        return STOCK.format(arguments='"FOLDER"')
+        return STOCK.format(of_task=of_task, arguments='"FOLDER"')
+    if task.is_language_model:
+        return STOCK.format(of_task=of_task, arguments=f'"{source}"') + PEFT
     names = dict(enumerate(task.label_names))
     arguments = [f'"{source}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
     arguments += [f"id2label={names}"] * bool(names)
     arguments.append(f"pad_token_id={pad_token_id}")  # a decoder's own may be none
-    return STOCK.format(arguments="".join(f"\n    {a}," for a in arguments) + "\n") + PEFT
+    text = "".join(f"\n    {a}," for a in arguments) + "\n"
+    return STOCK.format(of_task=of_task, arguments=text) + PEFT

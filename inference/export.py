@@ -27,7 +27,7 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference.backbone import DEMO, absolute, load_backbone, rescale_head
 from bayes_lora.inference.card import model_card
 from bayes_lora.inference.cli import Parser, report_errors
-from bayes_lora.inference.decide import judge
+from bayes_lora.inference.decide import JUDGED, judge
 from bayes_lora.inference.decision import decided_by
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.manifest import Manifest, write_manifest
@@ -38,9 +38,10 @@ from bayes_lora.inference.predict import predictions
 from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.trained import Trained, Validation, read_run, validation_if_there
 from bayes_lora.models.likelihoods import Regression
+from bayes_lora.next_tokens import IGNORED
 
 
-def decided_classifier(run: Trained) -> PreTrainedModel:
+def decided_model(run: Trained) -> PreTrainedModel:
     """The network at the decision, as a transformers model; the run is used up.
 
     Classes have their names. In regression the output is in units of the labels.
@@ -115,7 +116,7 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
     metrics = judge(run, run.gates, data)
     likelihood = run.model.likelihood
     by = decided_by(run.folder / "decision.json")
-    model = decided_classifier(run).eval()
+    model = decided_model(run).eval()
     manifest = Manifest(
         form,
         absolute(run.config.network.backbone or DEMO),
@@ -152,16 +153,24 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
 
 @torch.no_grad()
 def _logits(model: nn.Module, data: Validation) -> Tensor:
-    inputs = ({k: v for k, v in batch.items() if k != "labels"} for batch in data.loader)
-    return torch.cat([model(**batch).logits for batch in inputs])
+    """All of a classifier; of a language model, those of the tokens that are there."""
+    found = []
+    for batch in data.loader:
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        if labels.ndim == 2:
+            place = labels[:, 1:, None]
+            logits = logits[:, :-1].gather(-1, place.clamp(min=0))[place != IGNORED]
+        found.append(logits)
+    return torch.cat(found)
 
 
 def _measured(model: nn.Module, manifest: Manifest, data: Validation) -> dict[str, float]:
     found = predictions(
         lambda x: manifest.distribution(model(**x).logits), data.loader, torch.device("cpu")
     )
-    judged = evaluate_predictions(manifest.task, *found, data.labels)
-    return {f"exported_{name}": judged[name] for name in ("score", "nll", "ece")}
+    judged = evaluate_predictions(manifest.task, found, data.labels)
+    return {f"exported_{name}": judged[name] for name in JUDGED if name in judged}
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

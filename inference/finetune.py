@@ -114,7 +114,8 @@ def _restart(config: FinetuneConfig, priors: Priors) -> None:
 
 def prior_predictive(config: FinetuneConfig) -> str:
     """What the prior implies for rank, bits and bit operations, as text; nothing is trained."""
-    backbone = load_backbone(config.network.backbone, num_labels=2)
+    writes = config.data.task == "causal_lm"
+    backbone = load_backbone(config.network.backbone, num_labels=None if writes else 2)
     priors = configured_priors(config)
     model, _ = assemble(config, backbone, Classification(), priors, num_examples=1)
     if not model.gated:

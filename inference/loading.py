@@ -25,22 +25,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from bayes_lora.errors import InputError, one_line
-from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.backbone import load_backbone, model_class
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.draws import draw_posterior, draw_weights, unbound
 from bayes_lora.inference.export import export
 from bayes_lora.inference.manifest import NAME, Manifest, read_manifest
 from bayes_lora.inference.packed import read_packed
-from bayes_lora.inference.predict import described, predictions
+from bayes_lora.inference.predict import predictions, stacked
+from bayes_lora.inference.predictive import TextProbabilities
 from bayes_lora.inference.tasks import Task
+from bayes_lora.inference.tokens import collator, encode, labels_of
 from bayes_lora.inference.trained import read_run
 from bayes_lora.network import Latents
 
@@ -99,6 +99,8 @@ class FineTuned:
             First axis N, the texts. Classification: `label` (names), `probability` of it,
             `probabilities` (N, classes), `entropy`, `entropy_data`, `entropy_posterior` in nats.
             Regression: `label`, the mean, `variance`, `variance_data`, `variance_posterior`.
+            Language model: `log_probability` of the text, nats, its standard deviation between
+            the draws, `deviation_posterior`, and `tokens`, how many were predicted.
 
         Raises
         ------
@@ -110,15 +112,18 @@ class FineTuned:
             raise InputError("draws must be at least 0, and seed from 0 to 4294967295")
         if draws and self.draw is None:
             raise InputError(f"{self.folder} is an export without a posterior: no draws")
-        tokens = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
-        loader = evaluation_batches(
-            Dataset.from_dict(dict(tokens)), DataCollatorWithPadding(self.tokenizer)
-        )
+        named = dict(zip(self.task.text_columns, columns, strict=True))
+        pieces = encode(named, self.task, self.tokenizer, self.max_length)
+        data = Dataset.from_dict(pieces.columns)
+        loader = evaluation_batches(data, collator(self.task, self.tokenizer))
         with torch.random.fork_rng():  # the caller's random state stays as it is
             each = self.draw(draws, seed) if draws and self.draw else [self.decided]
             parts = [predictions(labels, loader, self.device) for labels in each]
-        first, second = zip(*parts, strict=True)
-        return described(self.task, (np.stack(first), np.stack(second)))
+        found = stacked(parts)
+        if not isinstance(found, TextProbabilities):
+            return found.described(self.task.label_names)
+        tokens = np.bincount(pieces.text, labels_of(data)).astype(int)
+        return found.of_whole_texts(pieces.text).described(()) | {"tokens": tokens}
 
     def _columns(self, texts: Sequence[str | tuple[str, str]]) -> list[list[str]]:
         """The texts by column, checked."""
@@ -255,15 +260,16 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
 
 
 def _network(folder: Path, manifest: Manifest) -> nn.Module:
+    of_task = model_class(manifest.task.num_labels)
     if manifest.form == "merged":
         return cast(
             nn.Module,
-            AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False),
+            of_task.from_pretrained(folder, trust_remote_code=False),
         )
     if manifest.form == "packed":
         if manifest.with_base:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            model = of_task.from_config(config, trust_remote_code=False)
         else:
             model = _stock(folder, manifest)
         state = load_file(folder / "packed.safetensors")

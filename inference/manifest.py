@@ -15,6 +15,7 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference.files import write_text
 from bayes_lora.inference.tasks import Task
 from bayes_lora.inference.trained import task_of
+from bayes_lora.next_tokens import NextTokens
 
 NAME = "bayes_lora.json"
 FOR_PEOPLE = {"README.md", "merge_report.json"}
@@ -52,7 +53,9 @@ class Manifest(NamedTuple):
     layers: dict[str, dict[str, Any]]
 
     def distribution(self, logits: Tensor) -> TorchDistribution:
-        """Distribution of the labels (batch,) given the network's output (batch, classes)."""
+        """Distribution of the labels given the network's output, as that of the likelihoods."""
+        if self.task.is_language_model:
+            return NextTokens(logits.float())
         if self.noise is None:
             return Categorical(logits=logits.float())
         return Normal(logits.float().squeeze(-1), self.noise)

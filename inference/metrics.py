@@ -17,7 +17,13 @@ Regression, with the predictive distribution :math:`N(\mu_n, \sigma_n^2)`,
         \bigl(z_n (2\Phi(z_n) - 1) + 2\varphi(z_n) - 1/\sqrt\pi\bigr) \\
     \text{ece} &= \tfrac1L \sum_l \lvert \text{coverage}_l - l \rvert
 
-These are better when lower. Logarithms are natural: nats per example.
+Language models, with :math:`T_n` predicted tokens in text :math:`n`:
+
+.. math::
+    \text{nll} = -\frac{\sum_n \log p(\text{text}_n)}{\sum_n T_n},
+    \qquad \text{perplexity} = e^{\text{nll}}
+
+These are better when lower. Logarithms are natural: nats per example, or per token.
 """
 
 from __future__ import annotations
@@ -29,13 +35,16 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from bayes_lora.inference.predictive import (
+    SMALLEST_PROBABILITY,
+    NormalPredictions,
+    Prediction,
+    TextProbabilities,
+)
 from bayes_lora.inference.tasks import Task
 
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
-
-SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
-"""Probabilities are clipped here before the logarithm: one mistake costs at most 87.3 nats."""
 
 ECE_BINS = 15
 """Equal-width bins of confidence, as in Guo et al. (2017)."""
@@ -196,20 +205,18 @@ def coverage(mean: FloatArray, scale: FloatArray, labels: FloatArray) -> FloatAr
 
 
 def evaluate_predictions(
-    task: Task, predictions: FloatArray, scale: FloatArray, labels: NDArray[np.number]
+    task: Task, prediction: Prediction, labels: NDArray[np.number]
 ) -> dict[str, float]:
     """All metrics of a task, from the predictive distribution of every example.
 
     Parameters
     ----------
     task : Task
-        Says whether it is a regression, and which metrics are its own.
-    predictions : ndarray of float
-        Probabilities (examples, classes), rows sum to 1; of a regression, means (examples,).
-    scale : ndarray of float
-        Standard deviations > 0 (examples,) of a regression; not looked at in classification.
+        Says which metrics are its own.
+    prediction : Prediction
+        At one setting of the latents, or averaged: without an axis for draws.
     labels : ndarray of int or float
-        Shape (examples,); class ids, or numbers.
+        Shape (examples,); class ids, numbers, or of texts how many tokens of each are predicted.
 
     Returns
     -------
@@ -219,7 +226,9 @@ def evaluate_predictions(
         metrics; ``nll`` in nats per example; ``ece``; and ``brier``. A regression has ``crps``
         (Gneiting and Raftery 2007, eq. 21) and ``rmse`` in place of ``brier``, both in the unit
         of the labels; its ``nll`` is of a density, can be negative and depends on the unit; its
-        ``ece`` is over `COVERAGE_LEVELS`, after Kuleshov et al. (2018, arXiv 1807.00263).
+        ``ece`` is over `COVERAGE_LEVELS`, after Kuleshov et al. (2018, arXiv 1807.00263). A
+        language model has ``nll`` in nats per token, ``perplexity``, and ``score`` for minus the
+        ``nll``.
 
     Raises
     ------
@@ -228,16 +237,20 @@ def evaluate_predictions(
 
     Examples
     --------
+    >>> from bayes_lora.inference.predictive import ClassProbabilities
     >>> from bayes_lora.inference.tasks import TASKS
     >>> p, y = np.array([[0.5, 0.5], [0.25, 0.75]]), np.array([0, 1])
-    >>> evaluate_predictions(TASKS["cola"], p, np.empty(0), y)["matthews"]
+    >>> evaluate_predictions(TASKS["cola"], ClassProbabilities(p), y)["matthews"]
     1.0
     """
-    if task.is_regression:
-        return _evaluate_regression(task, predictions, scale, labels)
-    ids = labels.astype(np.intp)
-    own = {name: METRICS[name](predictions.argmax(axis=1), ids) for name in task.metrics}
-    proper = {metric.__name__: metric(predictions, ids) for metric in (nll, ece, brier)}
+    if isinstance(prediction, NormalPredictions):
+        return _evaluate_regression(task, *prediction, labels)
+    if isinstance(prediction, TextProbabilities):
+        per_token = -float(prediction.log_probability.sum(dtype=np.float64) / labels.sum())
+        return {"score": -per_token, "perplexity": float(np.exp(per_token)), "nll": per_token}
+    probability, ids = prediction.probability, labels.astype(np.intp)
+    own = {name: METRICS[name](probability.argmax(axis=1), ids) for name in task.metrics}
+    proper = {metric.__name__: metric(probability, ids) for metric in (nll, ece, brier)}
     return {"score": own[task.metrics[0]], **own, **proper}
 
 

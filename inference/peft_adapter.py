@@ -58,13 +58,15 @@ def modules_to_save(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def write_peft(model: nn.Module, stock: PreTrainedModel, backbone: str, folder: Path) -> nn.Module:
+def write_peft(
+    model: PreTrainedModel, stock: PreTrainedModel, backbone: str, folder: Path
+) -> nn.Module:
     """Write the adapter that `PeftModel.from_pretrained` puts on the backbone.
 
     Parameters
     ----------
     model : Module
-        With decided layers and the trained head.
+        With decided layers and the trained head; that of a language model is pretrained.
     stock : PreTrainedModel
         The backbone as transformers loads it; it gets the adapters.
     backbone : str
@@ -93,10 +95,11 @@ def write_peft(model: nn.Module, stock: PreTrainedModel, backbone: str, folder: 
     common = Counter(layer.rank for layer in kept.values()).most_common(1)[0][0]
     scaling = next(iter(kept.values())).scaling  # alpha / R, the same for all
     odd = {path: layer.rank for path, layer in kept.items() if layer.rank != common}
-    saved = modules_to_save(model)
+    writes = model.get_output_embeddings() is not None
+    saved = [] if writes else modules_to_save(model)
     empty = [path for path in layers if path not in kept]
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS,
         base_model_name_or_path=backbone,
         r=common,
         lora_alpha=scaling * common,  # type: ignore[arg-type]  # PEFT divides, it may be a fraction

@@ -136,6 +136,8 @@ def plot_reliability(bundle: InferenceData) -> Figure:
     range of a calibrated prediction. Regression: share of labels inside central intervals
     against their level.
     """
+    if "log_probability" in bundle["predictions"]:
+        raise NothingToShow("of a language model there is no reliability diagram")
     curve = calibration_curve(bundle)
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()

@@ -20,8 +20,10 @@ from bayes_lora.inference.draws import (
     unbound,
 )
 from bayes_lora.inference.history import History
-from bayes_lora.inference.predict import Prediction, draw_labels, log_likelihood, predict_draws
+from bayes_lora.inference.predict import predict_draws
+from bayes_lora.inference.predictive import Prediction
 from bayes_lora.inference.tasks import Task
+from bayes_lora.inference.tokens import labels_of
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 
@@ -86,12 +88,12 @@ def sample_posterior(
     def predictions(data: Dataset, size: int) -> Prediction:
         loader = evaluation_batches(data, collate)
         distinct = size if varies else 1
-        first, second = predict_draws(model, guide, loader, held[:distinct], weights[:distinct])
-        return first.repeat(size // distinct, 0), second.repeat(size // distinct, 0)
+        found = predict_draws(model, guide, loader, held[:distinct], weights[:distinct])
+        return type(found)(*(part.repeat(size // distinct, 0) for part in found))
 
-    labels = np.asarray(chosen["labels"])
+    labels = labels_of(chosen)
     fitted, predicted = predictions(chosen, kept), predictions(validation, draws)
-    of_labels = log_likelihood(fitted, labels)
+    of_labels = fitted.log_likelihood(labels)
     log_q = log_probability(gates, Gates(guide.rank_logits, guide.bit_logits), model)
     log_p = torch.as_tensor(of_labels.mean(-1) * len(train)) + log_prior(model, gates, kept)
     if guide.log_scale is not None:
@@ -106,7 +108,7 @@ def sample_posterior(
         Draws(
             gates=gates,
             log_likelihood=of_labels,
-            predicted_labels=draw_labels(fitted, np.random.default_rng(seed)),
+            predicted_labels=fitted.draw_labels(np.random.default_rng(seed)),
             log_q=log_q.expand(kept).numpy(),
             log_p=log_p.numpy(),
             predictions=predicted,
@@ -118,7 +120,7 @@ def sample_posterior(
         prior_draws=PRIOR_DRAWS,
         history=history,
         labels=dict(zip(index.tolist(), labels.tolist(), strict=True)),
-        validation_labels=np.asarray(validation["labels"]),
+        validation_labels=labels_of(validation),
         classes=task.label_names,
         attributes={
             "bayes_lora_version": version("bayes-lora"),

@@ -33,11 +33,12 @@ from bayes_lora.inference.rows import SUFFIXES, Row, read_rows
 
 CHUNK = 256  # rows in memory at a time, and between two writes
 SHOWN = 20  # rows that could not be read
-FIELDS = {
-    False: ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
-    True: ("label", "variance", "variance_data", "variance_posterior"),
-}
-"""Columns of the output, by whether the task is a regression."""
+FIELDS = (
+    ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
+    ("label", "variance", "variance_data", "variance_posterior"),
+    ("log_probability", "deviation_posterior", "tokens"),
+)
+"""Columns of the output: of classification, regression, and a language model."""
 
 
 def answers(model: FineTuned, rows: Sequence[Row], draws: int, seed: int) -> list[dict[str, Any]]:
@@ -94,7 +95,8 @@ def predict_file(
             f"{partial} is of another command, or of another state of the input or the run: "
             "remove it, or name another output"
         )
-    names = ["line", *FIELDS[model.task.is_regression], "error"]
+    kind = 2 if model.task.is_language_model else int(model.task.is_regression)
+    names = ["line", *FIELDS[kind], "error"]
     bad, first = 0, []
 
     def watched(rows: Iterator[Row]) -> Iterator[Row]:

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
 
 from bayes_lora.inference import processes
 from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.batches import evaluation_batches, training_batches
 from bayes_lora.inference.config import FinetuneConfig
-from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.data import load_task
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.tasks import Task
-from bayes_lora.models.likelihoods import Classification, Regression
+from bayes_lora.inference.tokens import collator, labels_of, tokenize
+from bayes_lora.models.likelihoods import Classification, LanguageModel, Regression
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,9 @@ class Prepared:
     at_once: int
 
     @property
-    def targets(self) -> Tensor:
-        """Labels of the training set, shape (N,)."""
-        return torch.tensor(self.train["labels"])
-
-    @property
     def labels(self) -> NDArray[np.number]:
-        """Labels of the validation set, shape (examples,)."""
-        return np.asarray(torch.tensor(self.validation["labels"]).numpy())
+        """Labels of the validation set, as of `labels_of`."""
+        return labels_of(self.validation)
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps of so many passes over the training set, at least one."""
@@ -86,13 +81,12 @@ def prepare(config: FinetuneConfig) -> Prepared:
     train, validation = (
         tokenize(part, task, backbone.tokenizer, config.data.max_length) for part in parts
     )
-    collate = DataCollatorWithPadding(backbone.tokenizer)
+    collate = collator(task, backbone.tokenizer)
     strategy = settings.train_sampling_strategy
-    targets = torch.tensor(train["labels"])
     return Prepared(
         task,
         backbone,
-        Regression.of(targets) if task.is_regression else Classification(),
+        likelihood_for(task, train),
         train,
         validation,
         training_batches(train, collate, settings.batch_size, strategy, settings.seed),
@@ -100,3 +94,12 @@ def prepare(config: FinetuneConfig) -> Prepared:
         collate,
         processes.state().num_processes * settings.gradient_accumulation_steps,
     )
+
+
+def likelihood_for(task: Task, train: Dataset | None = None) -> PyroModule:
+    """The likelihood of a task; a regression's is in the units of the training set, if given."""
+    if task.is_language_model:
+        return LanguageModel()
+    if not task.is_regression:
+        return Classification()
+    return Regression() if train is None else Regression.of(torch.tensor(train["labels"]))

@@ -17,9 +17,10 @@ from bayes_lora.inference.heat_maps import plot_rank_and_bits
 from bayes_lora.inference.history import History
 from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
 from bayes_lora.inference.posterior import sample_posterior
-from bayes_lora.inference.predict import averaged, predict
+from bayes_lora.inference.predict import predict
 from bayes_lora.inference.prepared import Prepared
 from bayes_lora.inference.table import rank_and_bits_table
+from bayes_lora.inference.tokens import labels_of
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 
@@ -70,7 +71,9 @@ def write_results(
             stacklevel=2,
         )
     reached = -end["log_likelihood"] / len(data.train)
-    if reached > constant_nll(data.targets.numpy(), data.task.is_regression) - 0.01:
+    if not data.task.is_language_model and (  # which has learned before
+        reached > constant_nll(labels_of(data.train), data.task.is_regression) - 0.01
+    ):
         warnings.warn(
             f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, no "
             "better than by the labels' frequencies. Gates close over adapters that have learned "
@@ -79,7 +82,7 @@ def write_results(
         )
     metrics = {
         **evaluate_predictions(
-            data.task, *predict(model, guide, data.validation_batches, gates), data.labels
+            data.task, predict(model, guide, data.validation_batches, gates), data.labels
         ),
         **unsettled,
         **end,
@@ -101,7 +104,7 @@ def write_results(
     write_bundle(folder / "posterior.nc", posterior)
     if model.gated:
         write_figure(folder / "rank_and_bits.png", plot_rank_and_bits(posterior))
-    over_draws = evaluate_predictions(data.task, *averaged(prediction), data.labels)
+    over_draws = evaluate_predictions(data.task, prediction.averaged(), data.labels)
     metrics |= {f"averaged_{name}": value for name, value in over_draws.items()}
     metrics["seconds"] = time.monotonic() - begun
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -15,8 +15,9 @@ from datasets import load_dataset
 from bayes_lora.errors import InputError
 from bayes_lora.inference.tasks import Columns
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-"""Files that are read: JSON (one object a line), comma- or tab-separated values, Parquet."""
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+"""Files that are read: JSON (one object a line), comma- or tab-separated values, Parquet, and lines
+of text."""
 
 
 def find_file(folder: Path, split: str) -> Path:
@@ -49,7 +50,7 @@ def read_file(path: Path) -> Columns:
 
     JSON and Parquet say the types of their values. For comma- and tab-separated values they are
     inferred by column, and an empty value is None; quotes in tab-separated files are text, as in
-    GLUE's own.
+    GLUE's own. Lines of text are a column `text`; blank ones are left out.
 
     Raises
     ------
@@ -79,6 +80,9 @@ def read_file(path: Path) -> Columns:
         elif path.suffix == ".tsv":
             tabs = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
             columns = _read_separated(path, tabs)
+        elif path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            columns = {"text": [line for line in lines if line.strip()]}
         else:
             columns = _read_json_lines(path)
     except (ValueError, OSError) as error:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bayes_lora.gates import STRUCTURES, level_weights, rank_probabilities
 from bayes_lora.inference.bundle import InferenceData
 from bayes_lora.inference.metrics import COVERAGE_LEVELS, coverage
-from bayes_lora.inference.predict import averaged
+from bayes_lora.inference.predictive import NormalPredictions
 
 BINS = 10  # of confidence, in a reliability diagram
 
@@ -112,7 +112,7 @@ def calibration_curve(bundle: InferenceData) -> CalibrationCurve:
     labels = bundle["predictions_constant_data"]["label"].to_numpy()
     if "probability" not in predictions:
         both = [predictions[k].transpose("sample", ...).to_numpy() for k in ("mean", "deviation")]
-        mean, deviation = averaged((both[0], both[1]))
+        mean, deviation = NormalPredictions(*both).averaged()
         inside = coverage(mean, deviation, labels)
         counts = np.full(len(inside), len(labels))
         return CalibrationCurve(COVERAGE_LEVELS, inside, counts, is_regression=True)

@@ -1,7 +1,8 @@
 """Tasks: which columns hold the text, what the labels mean, and which metrics judge predictions.
 
 Known tasks are eight of GLUE (Wang et al. 2018, arXiv 1804.07461) with the columns and label ids of
-the hub's `nyu-mll/glue`, and the embedded `agreement`. What files of one's own mean is inferred.
+the hub's `nyu-mll/glue`, the embedded `agreement`, and `causal_lm`, texts that are to be continued.
+What files of one's own mean is inferred.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Task:
     metrics : tuple of str
         Names in `bayes_lora.inference.metrics`, the headline first.
     label_names : tuple of str
-        Name of every class in the order of its id; empty for regression.
+        Name of every class in the order of its id; empty where there are no classes.
     label_column : str
-        Column of the label.
+        Column of the label; that of the text, where a language model predicts it.
 
     Examples
     --------
@@ -50,12 +51,20 @@ class Task:
     @property
     def is_regression(self) -> bool:
         """Whether the label is a number to predict, not a class."""
-        return not self.label_names
+        return not self.label_names and not self.is_language_model
 
     @property
-    def num_labels(self) -> int:
-        """Outputs that the head needs: one for each class, or 1 for regression."""
-        return len(self.label_names) or 1
+    def is_language_model(self) -> bool:
+        """Whether the label is the text itself."""
+        return self.label_column in self.text_columns
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs that the head needs: one for each class, or 1 for regression.
+
+        None for a language model, whose head is pretrained.
+        """
+        return None if self.is_language_model else len(self.label_names) or 1
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -75,6 +84,7 @@ TASKS = {
         Task("mnli", ("premise", "hypothesis"), ("accuracy",), _NLI),
         Task("qnli", ("question", "sentence"), ("accuracy",), _ENTAILMENT),
         Task("rte", _PAIR, ("accuracy",), _ENTAILMENT),
+        Task("causal_lm", ("text",), ("perplexity",), label_column="text"),
     )
 }
 """The known tasks by name."""
@@ -116,11 +126,7 @@ def infer_task(
     """
     if label_column not in columns:
         raise InputError(f"{origin} has no column {label_column!r}; it has {', '.join(columns)}")
-    texts = text_columns or [
-        name
-        for name, values in columns.items()
-        if name != label_column and any(isinstance(value, str) for value in values)
-    ]
+    texts = text_columns or [name for name in _of_text(columns) if name != label_column]
     if not text_columns and len(texts) != 1:
         raise InputError(
             f"{origin} has {len(texts)} columns of text besides {label_column!r}; name one or two "
@@ -141,13 +147,36 @@ def infer_task(
     return Task("custom", tuple(texts), ("accuracy",), names, label_column)
 
 
+def language_task(columns: Columns, text_columns: list[str] | None, origin: str) -> Task:
+    """The task to predict the tokens of a column: the one named, or the only one of text.
+
+    Raises
+    ------
+    InputError
+        If there is no such single column.
+
+    Examples
+    --------
+    >>> language_task({"id": [1, 2], "body": ["a", "b"]}, None, "train.csv").label_column
+    'body'
+    """
+    texts = text_columns or _of_text(columns)
+    if len(texts) != 1:
+        raise InputError(
+            f"{origin} has {len(texts)} columns of text; name one as text_columns; its columns are "
+            f"{', '.join(columns)}"
+        )
+    return Task("causal_lm", tuple(texts), ("perplexity",), label_column=texts[0])
+
+
 def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
     """Check every row, and put class ids or floats in place of the labels.
 
     Parameters
     ----------
     task : Task
-        Its labels are class ids where it is known, and class names where it is custom.
+        Its labels are class ids where it is known, and class names where it is custom. Texts that
+        are labels stay as they are.
     columns : dict of str to list
         Must have the task's columns; others are left out.
     origin : str
@@ -175,8 +204,13 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
                 raise InputError(f"{where} is missing; give a text, or leave the row out")
             if not isinstance(text, str):
                 raise InputError(f"{where} is {text!r}; give a text")
+    if not columns[task.text_columns[0]]:
+        raise InputError(f"{origin} has no examples; give at least one")
+    texts = {name: columns[name] for name in task.text_columns}
+    if task.is_language_model:
+        return Dataset.from_dict(texts)
     # Files of known tasks hold ids, custom ones names.
-    names = task.label_names if task.name == "custom" else map(str, range(task.num_labels))
+    names = task.label_names if task.name == "custom" else map(str, range(task.num_labels or 0))
     ids = {name: i for i, name in enumerate(names)}
     labels: list[float] = []
     for row, label in enumerate(columns[task.label_column], start=1):
@@ -192,10 +226,12 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
             labels.append(ids[str(label)])
         else:
             raise InputError(f"{where} is {label!r}; the classes are {', '.join(ids)}")
-    if not labels:
-        raise InputError(f"{origin} has no examples; give at least one")
-    texts = {name: columns[name] for name in task.text_columns}
     return Dataset.from_dict(texts | {task.label_column: labels})
+
+
+def _of_text(columns: Columns) -> list[str]:
+    """Names of the columns that hold a text."""
+    return [n for n, values in columns.items() if any(isinstance(v, str) for v in values)]
 
 
 def _is_missing(label: object) -> bool:

@@ -138,7 +138,7 @@ def judge(baseline: Baseline, data: Prepared) -> dict[str, float]:
         lambda x: likelihood(network(**x).logits.float()), data.validation_batches, device
     )
     ranks, share = baseline.ranks(), baseline.relative_bops()
-    metrics = evaluate_predictions(data.task, *found, data.labels)
+    metrics = evaluate_predictions(data.task, found, data.labels)
     metrics |= {
         "relative_bops_32": share,
         "relative_bops_16": 4 * share,

@@ -170,7 +170,7 @@ def _train(
         processes.copy_from_main(guide.parameters())  # where arithmetic differs between devices
         gates = guide.decision()
         prediction = predict(model, guide, data.validation_batches, gates)
-        found = evaluate_predictions(data.task, *prediction, data.labels)
+        found = evaluate_predictions(data.task, prediction, data.labels)
         unsettled["score_before_settling"] = found["score"]
         return gates
 

@@ -13,26 +13,26 @@ import numpy as np
 import pyro
 import torch
 from numpy.typing import NDArray
-from pyro.nn import PyroModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors
 from bayes_lora.inference.backbone import load_backbone, not_finite
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.config import FinetuneConfig, parse
-from bayes_lora.inference.data import load_task, tokenize
+from bayes_lora.inference.data import load_task
 from bayes_lora.inference.decision import read_decision
 from bayes_lora.inference.files import restarts, write_text
 from bayes_lora.inference.options import data_seed
+from bayes_lora.inference.prepared import likelihood_for
 from bayes_lora.inference.state import fill
 from bayes_lora.inference.tasks import Task
+from bayes_lora.inference.tokens import collator, labels_of, tokenize
 from bayes_lora.models.guides import GateGuide
-from bayes_lora.models.likelihoods import Classification, Regression
 from bayes_lora.models.model import BayesianLoRA, Gates
 
 NEEDED = ("config.yaml", "task.json", "decision.json", "guide.safetensors", "head.safetensors")
@@ -94,9 +94,8 @@ def read_run(folder: Path, decide: bool = False) -> Trained:
     task, num_examples = read_task(folder / "task.json")
     backbone = load_backbone(config.network.backbone, task.num_labels)
     with pyro.settings.context(module_local_params=True):
-        likelihood: PyroModule = Regression() if task.is_regression else Classification()
         model, guide = assemble(
-            config, backbone, likelihood, configured_priors(config), num_examples
+            config, backbone, likelihood_for(task), configured_priors(config), num_examples
         )
         _fill(guide, folder / "guide.safetensors")
         _fill(model, folder / "head.safetensors")
@@ -127,8 +126,8 @@ def validation(run: Trained) -> Validation:
     """
     _, _, examples = load_task(run.config.data, data_seed(run.config.training))
     tokens = tokenize(examples, run.task, run.tokenizer, run.config.data.max_length)
-    loader = evaluation_batches(tokens, DataCollatorWithPadding(run.tokenizer))
-    return Validation(loader, np.asarray(tokens["labels"][:]))
+    loader = evaluation_batches(tokens, collator(run.task, run.tokenizer))
+    return Validation(loader, labels_of(tokens))
 
 
 def validation_if_there(run: Trained) -> Validation | None:

@@ -18,7 +18,7 @@ from bayes_lora.inference.cli import main
 from bayes_lora.inference.data import DataConfig, load_task
 from bayes_lora.inference.draws import draw_posterior, draw_prior
 from bayes_lora.inference.history import History
-from bayes_lora.inference.predict import log_likelihood
+from bayes_lora.inference.predictive import ClassProbabilities
 from bayes_lora.inference.train import record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
@@ -251,11 +251,11 @@ def made_bundle(network, tmp_path):
             network,
             Draws(
                 gates=drawn,
-                log_likelihood=log_likelihood((probability, np.empty(0)), labels),
+                log_likelihood=ClassProbabilities(probability).log_likelihood(labels),
                 predicted_labels=labels[None].repeat(draws, 0),
                 log_q=numbers.normal(size=draws),
                 log_p=numbers.normal(size=draws),
-                predictions=(probability, np.empty(0)),
+                predictions=ClassProbabilities(probability),
             ),
             prior=draw_prior(model, 200, generator),
             prior_draws=200,

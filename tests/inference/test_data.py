@@ -5,8 +5,9 @@ from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.agreement import generate
-from bayes_lora.inference.data import DataConfig, load_task, tokenize
+from bayes_lora.inference.data import DataConfig, load_task
 from bayes_lora.inference.tasks import TASKS
+from bayes_lora.inference.tokens import tokenize
 
 
 def rows(*labels, text="a b"):

@@ -17,12 +17,16 @@ from bayes_lora.inference.metrics import (
     pearson,
     spearman,
 )
+from bayes_lora.inference.predictive import (
+    ClassProbabilities,
+    NormalPredictions,
+    TextProbabilities,
+)
 from bayes_lora.inference.tasks import TASKS
 
 # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives
 PREDICTIONS = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 LABELS = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
-NONE = np.empty(0)
 
 
 def test_class_metrics_of_a_known_confusion_matrix():
@@ -114,7 +118,7 @@ def test_ece_counts_confidence_one():
 )
 def test_a_classification_task_reports_its_own_metrics(task, own):
     probabilities = np.where(PREDICTIONS[:, None] == [0, 1], 0.75, 0.25)
-    metrics = evaluate_predictions(TASKS[task], probabilities, NONE, LABELS)
+    metrics = evaluate_predictions(TASKS[task], ClassProbabilities(probabilities), LABELS)
     assert list(metrics) == ["score", *own, "nll", "ece", "brier"]
     assert metrics["score"] == metrics[next(iter(own))]
     assert {name: metrics[name] for name in own} == pytest.approx(own)
@@ -126,7 +130,7 @@ def test_a_classification_task_reports_its_own_metrics(task, own):
 def test_a_regression_task_reports_its_own_metrics():
     mean, scale = np.array([1.0, 2.0, 4.0, 5.0]), np.array([0.5, 1.0, 2.0, 4.0])
     labels = np.array([2.0, 1.0, 3.0, 30.0])
-    metrics = evaluate_predictions(TASKS["stsb"], mean, scale, labels)
+    metrics = evaluate_predictions(TASKS["stsb"], NormalPredictions(mean, scale), labels)
     assert list(metrics) == ["score", "pearson", "spearman", "nll", "ece", "crps", "rmse"]
     assert metrics["score"] == (metrics["pearson"] + metrics["spearman"]) / 2
     assert metrics["spearman"] == pytest.approx(0.8)
@@ -143,7 +147,7 @@ def test_crps_is_the_integrated_squared_distance_of_distribution_functions():
     cdf = np.array([0.5 * (1 + math.erf((x - mean) / scale / math.sqrt(2))) for x in grid])
     expected = np.sum((cdf - (grid >= label)) ** 2) * (grid[1] - grid[0])
     metrics = evaluate_predictions(
-        TASKS["stsb"], np.array([mean]), np.array([scale]), np.array([label])
+        TASKS["stsb"], NormalPredictions(np.array([mean]), np.array([scale])), np.array([label])
     )
     assert metrics["crps"] == pytest.approx(expected, abs=1e-4)  # the grid's step is 1.2e-4
 
@@ -151,7 +155,9 @@ def test_crps_is_the_integrated_squared_distance_of_distribution_functions():
 def test_coverage_error_of_labels_at_known_levels():
     # 0.6745 and 1.2816 standard deviations end the central intervals of level 0.5 and 0.8
     z = np.array([0.6744, -0.6744, 1.2815, -1.2815])
-    metrics = evaluate_predictions(TASKS["stsb"], np.zeros(4), np.full(4, 3.0), 3.0 * z + 0.0)
+    metrics = evaluate_predictions(
+        TASKS["stsb"], NormalPredictions(np.zeros(4), np.full(4, 3.0)), 3.0 * z + 0.0
+    )
     coverage = np.where(COVERAGE_LEVELS < 0.499, 0, np.where(COVERAGE_LEVELS < 0.799, 0.5, 1))
     expected = np.mean(np.abs(coverage - COVERAGE_LEVELS))
     assert metrics["ece"] == pytest.approx(expected)
@@ -159,13 +165,28 @@ def test_coverage_error_of_labels_at_known_levels():
 
 def test_coverage_error_vanishes_where_the_predictive_distribution_is_true():
     draws = np.random.default_rng(0).normal(size=20_000)
-    true = evaluate_predictions(TASKS["stsb"], np.zeros(20_000), np.ones(20_000), draws)
+    true = evaluate_predictions(
+        TASKS["stsb"], NormalPredictions(np.zeros(20_000), np.ones(20_000)), draws
+    )
     # every coverage has a standard error of at most sqrt(1/4 / n)
     assert true["ece"] < 4 * math.sqrt(0.25 / 20_000)
-    sure = evaluate_predictions(TASKS["stsb"], np.zeros(20_000), np.full(20_000, 0.5), draws)
+    sure = evaluate_predictions(
+        TASKS["stsb"], NormalPredictions(np.zeros(20_000), np.full(20_000, 0.5)), draws
+    )
     assert sure["ece"] > 0.1
 
 
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match=r"shapes differ: \(3, 1\)"):
-        evaluate_predictions(TASKS["stsb"], np.zeros((3, 1)), np.ones((3, 1)), np.zeros(3))
+        evaluate_predictions(
+            TASKS["stsb"], NormalPredictions(np.zeros((3, 1)), np.ones((3, 1))), np.zeros(3)
+        )
+
+
+def test_perplexity_is_of_all_tokens_not_the_mean_of_the_texts():
+    probabilities = [[0.5, 0.1], [0.25], [0.2, 0.5, 0.3]]  # of every token, text by text
+    texts = TextProbabilities(np.array([sum(map(math.log, text)) for text in probabilities]))
+    found = evaluate_predictions(TASKS["causal_lm"], texts, np.array([2, 1, 3]))
+    product = math.prod(p for text in probabilities for p in text)
+    assert found["perplexity"] == pytest.approx(product ** (-1 / 6))
+    assert found["nll"] == -found["score"] == pytest.approx(-math.log(product) / 6)

@@ -9,12 +9,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from bayes_lora.inference.batches import evaluation_batches
-from bayes_lora.inference.predict import (
-    averaged,
-    draw_labels,
-    log_likelihood,
-    predict,
-    predict_draws,
+from bayes_lora.inference.predict import predict, predict_draws
+from bayes_lora.inference.predictive import (
+    ClassProbabilities,
+    NormalPredictions,
+    TextProbabilities,
 )
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
@@ -33,11 +32,10 @@ def test_every_draw_is_predicted_with_its_own_gates_and_weights(network, batch, 
         for _ in range(3)
     ]  # fmt: skip
     weights = [adapter_weights(network, seed) for seed in (5, 6, 7)]
-    found, empty = predict_draws(model, guide, loader, draws, weights)
+    (found,) = predict_draws(model, guide, loader, draws, weights)
     assert found.shape == (3, 5, 2)
-    assert not empty.size
     for s in range(3):
-        alone, _ = predict(model, guide, loader, draws[s], weights[s])
+        (alone,) = predict(model, guide, loader, draws[s], weights[s])
         assert np.array_equal(found[s], alone)
     assert not np.allclose(found[0], found[1])
 
@@ -62,8 +60,8 @@ def test_predictions_of_batches_of_like_length_are_in_the_order_of_the_data(
 
     loader = evaluation_batches(data, collate, batch_size=2)
     assert [len(b["input_ids"][0]) for b in loader] == [3, 5, 6]
-    found, _ = predict(model, guide, loader, gates)
-    expected, _ = predict(model, guide, DataLoader(data, collate_fn=collate), gates)
+    (found,) = predict(model, guide, loader, gates)
+    (expected,) = predict(model, guide, DataLoader(data, collate_fn=collate), gates)
     assert np.allclose(found, expected, atol=1e-5)
     assert len(np.unique(found.round(4), axis=0)) == 5
 
@@ -72,9 +70,9 @@ def test_log_likelihood_is_that_of_scipy():
     mean, deviation = np.array([[0.5, -1.0], [2.0, 0.0]]), np.array([[1.0, 2.0], [0.5, 3.0]])
     labels = np.array([0.2, 0.7])
     expected = stats.norm(mean, deviation).logpdf(labels)
-    assert np.allclose(log_likelihood((mean, deviation), labels), expected)
+    assert np.allclose(NormalPredictions(mean, deviation).log_likelihood(labels), expected)
     p = np.array([[[0.2, 0.8], [1.0, 0.0]]])
-    found = log_likelihood((p, np.empty(0)), np.array([1, 1]))
+    found = ClassProbabilities(p).log_likelihood(np.array([1, 1]))
     assert found[0, 0] == pytest.approx(np.log(0.8))
     assert np.isfinite(found).all()
 
@@ -82,7 +80,7 @@ def test_log_likelihood_is_that_of_scipy():
 def test_averages_of_a_mixture_of_normals_by_monte_carlo():
     generator = np.random.default_rng(0)
     mean, deviation = np.array([[0.0], [1.5], [4.0]]), np.array([[0.5], [1.0], [2.0]])
-    found, spread = averaged((mean, deviation))
+    found, spread = NormalPredictions(mean, deviation).averaged()
     part = generator.integers(3, size=200_000)
     draws = generator.normal(mean[part, 0], deviation[part, 0])
     assert found[0] == pytest.approx(draws.mean(), abs=4.5 * draws.std() / 200_000**0.5)
@@ -92,6 +90,14 @@ def test_averages_of_a_mixture_of_normals_by_monte_carlo():
 
 def test_labels_are_drawn_with_their_probabilities():
     p = np.array([0.1, 0.65, 0.25])
-    labels = draw_labels((np.tile(p, (1, 40_000, 1)), np.empty(0)), np.random.default_rng(0))
+    labels = ClassProbabilities(np.tile(p, (1, 40_000, 1))).draw_labels(np.random.default_rng(0))
     shares = np.bincount(labels[0], minlength=3) / 40_000
     assert (abs(shares - p) < 4.5 * (p * (1 - p) / 40_000) ** 0.5).all()
+
+
+def test_texts_are_averaged_by_their_probability_and_come_from_their_pieces():
+    pieces = np.log([[0.5, 0.2, 0.1], [0.1, 0.9, 0.3]])
+    whole = TextProbabilities(pieces).of_whole_texts([0, 0, 1])
+    assert np.allclose(np.exp(whole.averaged().log_probability), [(0.1 + 0.09) / 2, 0.2])
+    far = TextProbabilities(np.array([[-1000.0], [-1001.0]])).averaged()  # no underflow
+    assert far.log_probability[0] == pytest.approx(-1000 + np.log((1 + np.exp(-1)) / 2))

