@@ -31,6 +31,7 @@ from torch import Tensor
 from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
 from bayes_lora.inference.config import FinetuneConfig
+from bayes_lora.inference.tokens import labels_of
 from bayes_lora.models.priors import Priors
 
 Run = Mapping[str, Any]
@@ -166,7 +167,7 @@ def identity(config: FinetuneConfig, priors: Priors, data: Dataset) -> Run:
 def _digest_of(data: Dataset) -> str:
     tokens = np.fromiter(chain.from_iterable(data["input_ids"]), dtype=np.int64)
     lengths = np.fromiter(map(len, data["input_ids"]), dtype=np.int64)
-    labels = np.asarray(data["labels"][:])
+    labels = labels_of(data)
     return _digest(*(np.ascontiguousarray(a).tobytes() for a in (tokens, lengths, labels)))
 
 
