@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from statistics import fmean, median
+from typing import NamedTuple
 from unittest import mock
 
 import pyro
@@ -42,7 +43,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora import layers
 from bayes_lora.inference.assemble import assemble
-from bayes_lora.inference.backbone import load_backbone
+from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.baselines import Setting, build
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.elbo import TermwiseELBO
@@ -62,10 +63,19 @@ from bayes_lora.models.priors import Priors
 from bayes_lora.network import AdaptedNetwork
 from bayes_lora.quantization import Mixture
 
-BATCH, RANK, ALPHA = 32, 8, 16.0
+BATCH, ALPHA = 32, 16.0
 JOINT_STEPS = 8  # of a real run, evenly spaced
 COLUMNS = "variant", "phase", "tokens", "dtype", "median_s", "ratio_to_peft_lora", "peak_mb"
 Step = Callable[[], None]
+
+
+class Size(NamedTuple):
+    """What a step is made of: tokens of an example, rank of the adapters, blocks of MiniLM."""
+
+    tokens: int = 64
+    rank: int = 8
+    blocks: int = 6
+
 
 VARIANTS = {
     "peft_lora": ["open"],
@@ -90,12 +100,19 @@ def inputs(tokens: int) -> dict[str, Tensor]:
     }
 
 
-def peft_step(method: str, tokens: int, dtype: torch.dtype) -> Step:
+def cut(blocks: int) -> Backbone:
+    """MiniLM's first blocks."""
+    backbone = load_backbone(None, 2)
+    backbone.model.bert.encoder.layer = backbone.model.bert.encoder.layer[:blocks]
+    return backbone
+
+
+def peft_step(method: str, size: Size, dtype: torch.dtype) -> Step:
     """A step of a baseline."""
-    batch, backbone = inputs(tokens), load_backbone(None, 2)
+    batch, backbone = inputs(size.tokens), cut(size.blocks)
     labels = batch.pop("labels")
     steps = 10_000  # of a training that is in its middle
-    baseline = build(method, Setting(backbone, RANK, ALPHA, "all-linear", steps, lambda: ()))
+    baseline = build(method, Setting(backbone, size.rank, ALPHA, "all-linear", steps, lambda: ()))
     network = baseline.network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -115,13 +132,13 @@ def peft_step(method: str, tokens: int, dtype: torch.dtype) -> Step:
 
 
 def our_step(
-    variant: str, phase: str, tokens: int, dtype: torch.dtype, at: Gates | None = None
+    variant: str, phase: str, size: Size, dtype: torch.dtype, at: Gates | None = None
 ) -> Step:
     """A step of ours; in the joint phase at these probabilities of open gates."""
-    batch, backbone = inputs(tokens), load_backbone(None, 2)
+    batch, backbone = inputs(size.tokens), cut(size.blocks)
     labels = batch.pop("labels")
     tensors = layers.TENSORS[:4] if variant == "qr_weights" else layers.TENSORS
-    network = AdaptedNetwork(backbone.model, rank=RANK, alpha=ALPHA, quantized_tensors=tensors)
+    network = AdaptedNetwork(backbone.model, rank=size.rank, alpha=ALPHA, quantized_tensors=tensors)
     kinds = {"lora": "", "r": "r"}.get(variant, "qr")
     model = BayesianLoRA(
         network, Classification(), Priors(), 2000, rank_gates="r" in kinds, bit_gates="q" in kinds
@@ -212,50 +229,54 @@ def joint_gates() -> list[Gates]:
 
 
 def steps_of(
-    variant: str, phase: str, tokens: int, dtype: torch.dtype, joint: list[Gates]
+    variant: str, phase: str, size: Size, dtype: torch.dtype, joint: list[Gates]
 ) -> list[Step]:
     """The steps that a cell of the table is the mean of."""
     if variant.startswith("peft_"):
-        return [peft_step(variant.removeprefix("peft_"), tokens, dtype)]
+        return [peft_step(variant.removeprefix("peft_"), size, dtype)]
     if phase != "joint":
-        return [our_step(variant, phase, tokens, dtype)]
-    return [our_step(variant, phase, tokens, dtype, at) for at in joint]
+        return [our_step(variant, phase, size, dtype)]
+    return [our_step(variant, phase, size, dtype, at) for at in joint]
 
 
 def peak_memory(
-    variant: str, phase: str, tokens: int, dtype: torch.dtype, joint: list[Gates]
+    variant: str, phase: str, size: Size, dtype: torch.dtype, joint: list[Gates]
 ) -> float:
     """Megabytes that a process takes which makes three steps of one kind."""
     quiet()
-    step = steps_of(variant, phase, tokens, dtype, joint)[0]
+    step = steps_of(variant, phase, size, dtype, joint)[0]
     for _ in range(3):
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure(tokens: int, dtype: torch.dtype, joint: list[Gates], repeats: int) -> list[list[str]]:
+def measure(size: Size, dtype: torch.dtype, joint: list[Gates], repeats: int) -> list[list[str]]:
     """Rows of the table for one length and one type."""
     cells = [(variant, phase) for variant, phases in VARIANTS.items() for phase in phases]
     spawn = multiprocessing.get_context("spawn")
     memory = []
     for cell in tqdm(cells, desc="memory", disable=None):
         with ProcessPoolExecutor(1, spawn) as pool:
-            memory.append(pool.submit(peak_memory, *cell, tokens, dtype, joint).result())
-    steps = [steps_of(*cell, tokens, dtype, joint) for cell in cells]
-    seconds: list[list[list[float]]] = [[[] for _ in several] for several in steps]
+            memory.append(pool.submit(peak_memory, *cell, size, dtype, joint).result())
+    medians = times([steps_of(*cell, size, dtype, joint) for cell in cells], repeats)
+    name = str(dtype).removeprefix("torch.")
+    return [
+        [*cell, str(size.tokens), name, f"{m:.4f}", f"{m / medians[0]:.3f}", f"{peak:.0f}"]
+        for cell, m, peak in zip(cells, medians, memory, strict=True)
+    ]
+
+
+def times(cells: list[list[Step]], repeats: int) -> list[float]:
+    """Median seconds of every cell's steps, one made after the other, again and again."""
+    seconds: list[list[list[float]]] = [[[] for _ in steps] for steps in cells]
     for repeat in tqdm(range(repeats + 1), desc="time", disable=None):
-        for several, found in zip(steps, seconds, strict=True):
-            for step, times in zip(several, found, strict=True):
+        for steps, found in zip(cells, seconds, strict=True):
+            for step, of_step in zip(steps, found, strict=True):
                 start = time.perf_counter()
                 step()
                 if repeat:  # the first is a warm-up
-                    times.append(time.perf_counter() - start)
-    medians = [fmean(median(times) for times in several) for several in seconds]
-    name = str(dtype).removeprefix("torch.")
-    return [
-        [*cell, str(tokens), name, f"{m:.4f}", f"{m / medians[0]:.3f}", f"{peak:.0f}"]
-        for cell, m, peak in zip(cells, medians, memory, strict=True)
-    ]
+                    of_step.append(time.perf_counter() - start)
+    return [fmean(median(of_step) for of_step in found) for found in seconds]
 
 
 def main() -> None:
@@ -275,7 +296,7 @@ def main() -> None:
         ["variant", "phase", "tokens", "dtype", "median_s", "ratio_to_peft_lora", "peak_mb"]
     )
     for dtype, tokens in itertools.product(options.dtypes, options.tokens):
-        writer.writerows(measure(tokens, getattr(torch, dtype), joint, options.repeats))
+        writer.writerows(measure(Size(tokens), getattr(torch, dtype), joint, options.repeats))
         sys.stdout.flush()
 
 

@@ -77,9 +77,7 @@ class Backbone(NamedTuple):
     new_parameters: tuple[str, ...]
 
 
-def model_class(
-    num_labels: int | None,
-) -> type[Any]:
+def model_class(num_labels: int | None) -> type[Any]:
     """What of transformers loads a classifier of so many labels; None, a language model."""
     return AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
 

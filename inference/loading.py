@@ -262,10 +262,7 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
 def _network(folder: Path, manifest: Manifest) -> nn.Module:
     of_task = model_class(manifest.task.num_labels)
     if manifest.form == "merged":
-        return cast(
-            nn.Module,
-            of_task.from_pretrained(folder, trust_remote_code=False),
-        )
+        return cast(nn.Module, of_task.from_pretrained(folder, trust_remote_code=False))
     if manifest.form == "packed":
         if manifest.with_base:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
