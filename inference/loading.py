@@ -114,16 +114,19 @@ class FineTuned:
             raise InputError(f"{self.folder} is an export without a posterior: no draws")
         named = dict(zip(self.task.text_columns, columns, strict=True))
         pieces = encode(named, self.task, self.tokenizer, self.max_length)
+        if not pieces.text:
+            zeros = np.zeros(len(columns[0]))
+            return TextProbabilities(zeros[None]).described(()) | {"tokens": zeros.astype(int)}
         data = Dataset.from_dict(pieces.columns)
         loader = evaluation_batches(data, collator(self.task, self.tokenizer))
         with torch.random.fork_rng():  # the caller's random state stays as it is
             each = self.draw(draws, seed) if draws and self.draw else [self.decided]
-            parts = [predictions(labels, loader, self.device) for labels in each]
-        found = stacked(parts)
+            found = stacked([predictions(labels, loader, self.device) for labels in each])
         if not isinstance(found, TextProbabilities):
             return found.described(self.task.label_names)
-        tokens = np.bincount(pieces.text, labels_of(data)).astype(int)
-        return found.of_whole_texts(pieces.text).described(()) | {"tokens": tokens}
+        number = len(columns[0])
+        tokens = np.bincount(pieces.text, labels_of(data), number).astype(int)
+        return found.of_whole_texts(pieces.text, number).described(()) | {"tokens": tokens}
 
     def _columns(self, texts: Sequence[str | tuple[str, str]]) -> list[list[str]]:
         """The texts by column, checked."""

@@ -149,15 +149,17 @@ class TextProbabilities(NamedTuple):
 
     log_probability: FloatArray
 
-    def of_whole_texts(self, text: Sequence[int]) -> TextProbabilities:
-        """Of texts, from S draws of their pieces: which text each is of, from 0 without gaps.
+    def of_whole_texts(self, text: Sequence[int], number: int) -> TextProbabilities:
+        """Of so many texts, from S draws of pieces, which are of these; 0 of one without a piece.
 
         Examples
         --------
-        >>> TextProbabilities(np.array([[-1.0, -2.0, -4.0]])).of_whole_texts([0, 1, 1])[0].tolist()
-        [[-1.0, -6.0]]
+        >>> pieces = TextProbabilities(np.array([[-1.0, -2.0, -4.0]]))
+        >>> pieces.of_whole_texts([0, 2, 2], number=3).log_probability.tolist()
+        [[-1.0, 0.0, -6.0]]
         """
-        return TextProbabilities(np.stack([np.bincount(text, d) for d in self.log_probability]))
+        place = np.asarray(text, int)
+        return TextProbabilities(np.stack([np.bincount(place, p, number) for p in self[0]]))
 
     def averaged(self) -> TextProbabilities:
         """Logarithm of the mean of the draws' probabilities."""

@@ -1,13 +1,14 @@
 """Tokens: from checked texts and labels to what a transformer reads, and batches of it.
 
 A language model's label is the text itself. One that is longer than `max_length` is read as several
-pieces, each an example of its own, so that nothing of a corpus is lost; of other tasks, what is
-longer is cut off.
+pieces, each an example of its own, so that nothing of a corpus is lost; one without two tokens is
+left out. Of other tasks, what is longer is cut off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class Pieces(NamedTuple):
     columns : dict of str to list
         What the tokenizer gives and, of a language model, `labels`.
     text : list of int
-        Index of the text that every row is of.
+        Index of the text that every row is of; of a language model not all have one.
     """
 
     columns: Columns
@@ -67,6 +68,9 @@ def encode(
         place = found.pop("overflow_to_sample_mapping")
     if task.is_language_model:
         found["labels"] = found["input_ids"]
+        used = [len(ids) > 1 for ids in found["input_ids"]]  # the first token is not predicted
+        found = {name: list(compress(values, used)) for name, values in found.items()}
+        place = list(compress(place, used))
     return Pieces(found, place)
 
 
@@ -129,7 +133,6 @@ def tokenize(
     if not task.is_language_model:
         kind = np.float32 if task.is_regression else np.int64
         return tokens.add_column("labels", np.array(dataset[task.label_column][:], dtype=kind))
-    tokens = tokens.filter(lambda ids: len(ids) > 1, input_columns="input_ids")
     if not len(tokens):
         raise InputError(f"no text of {task.name} has two tokens, of which one is predicted")
     return tokens

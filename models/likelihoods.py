@@ -6,7 +6,7 @@
     language model   tokens ~ NextTokens(logits),      output (batch, T, vocabulary)
 
 Arguments are not validated: an output that is not finite must reach the loss, where training
-stops by name of step and term. Both are modules, so that what they learn is trained, moved and
+stops by name of step and term. All are modules, so that what they learn is trained, moved and
 saved with the model.
 """
 

@@ -136,6 +136,11 @@ def test_all_commands_work_for_texts(written, texts, tmp_path, capsys):
     assert [row["log_probability"] for row in good] == over["log_probability"].tolist()
     assert (over["deviation_posterior"] > 0).all()
     assert "error" in bad
+    mixed, nothing = run.predict([lines[0], "", lines[1]]), run.predict(["", ""])
+    assert mixed["log_probability"] == pytest.approx(
+        [wanted["log_probability"][0], 0.0, wanted["log_probability"][1]], abs=1e-4
+    )
+    assert nothing["tokens"].tolist() == nothing["log_probability"].tolist() == [0, 0]
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_labels_are_drawn_with_their_probabilities():
 
 def test_texts_are_averaged_by_their_probability_and_come_from_their_pieces():
     pieces = np.log([[0.5, 0.2, 0.1], [0.1, 0.9, 0.3]])
-    whole = TextProbabilities(pieces).of_whole_texts([0, 0, 1])
+    whole = TextProbabilities(pieces).of_whole_texts([0, 0, 1], number=2)
     assert np.allclose(np.exp(whole.averaged().log_probability), [(0.1 + 0.09) / 2, 0.2])
     far = TextProbabilities(np.array([[-1000.0], [-1001.0]])).averaged()  # no underflow
     assert far.log_probability[0] == pytest.approx(-1000 + np.log((1 + np.exp(-1)) / 2))
