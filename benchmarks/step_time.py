@@ -47,11 +47,7 @@ from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.baselines import Setting, build
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.elbo import TermwiseELBO
-from bayes_lora.inference.optimisation import (
-    Optimisation,
-    gate_learning_rate,
-    parameter_groups,
-)
+from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate, parameter_groups
 from bayes_lora.inference.phases import plan
 from bayes_lora.inference.prepared import prepare
 from bayes_lora.inference.quiet import quiet
@@ -292,9 +288,7 @@ def main() -> None:
     joint = joint_gates()
     writer = csv.writer(sys.stdout, lineterminator="\n")
     print("# python benchmarks/step_time.py", *sys.argv[1:])
-    writer.writerow(
-        ["variant", "phase", "tokens", "dtype", "median_s", "ratio_to_peft_lora", "peak_mb"]
-    )
+    writer.writerow(COLUMNS)
     for dtype, tokens in itertools.product(options.dtypes, options.tokens):
         writer.writerows(measure(Size(tokens), getattr(torch, dtype), joint, options.repeats))
         sys.stdout.flush()

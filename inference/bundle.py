@@ -22,11 +22,11 @@
                           deviation, or log_probability, nats (chain, draw, validation_example)
     predictions_constant_data   label (validation_example)
 
-A chain is an independent restart of SVI, a draw one of its guide. Draws of one guide are
-independent, so R-hat and effective sample size say nothing about it; only the comparison of
-chains does. Examples are training examples, evenly spaced if there are more than are kept; `log_p`
-then scales their log likelihood up to the whole training set. Log likelihoods and predictions are
-at the settled weights; the guide of the gates is that of the weights before they settled.
+A chain is an independent restart of SVI, a draw one of its guide, and these are independent: R-hat
+and effective sample size say nothing about a guide, only chains compared do. Examples are training
+examples, evenly spaced if there are more than are kept; `log_p` then scales their log likelihood up
+to the whole training set. Log likelihoods and predictions are at the settled weights; the guide of
+the gates is that of the weights before they settled.
 """
 
 from __future__ import annotations
@@ -216,40 +216,6 @@ def coordinates(network: AdaptedNetwork) -> dict[str, list[str] | list[int]]:
     }
 
 
-def combine(chains: Sequence[az.InferenceData]) -> az.InferenceData:
-    """Put restarts together as the chains of one bundle.
-
-    Parameters
-    ----------
-    chains : sequence of InferenceData
-        One a restart, of the same model and data.
-
-    Returns
-    -------
-    InferenceData
-        With a dimension `chain` as long as there are restarts; what has none is the first's.
-
-    Raises
-    ------
-    ValueError
-        If they have seen other examples.
-    """
-    if not all(chain["observed_data"].equals(chains[0]["observed_data"]) for chain in chains):
-        raise ValueError("restarts must have seen the same examples")
-    groups: dict[str, Any] = {}
-    for name in chains[0].groups():
-        parts = [chain[name] for chain in chains]
-        if "chain" in parts[0].dims:
-            numbered = [p.assign_coords(chain=[i]) for i, p in enumerate(parts)]
-            groups[name] = xr.concat(
-                numbered, dim="chain", data_vars="minimal", coords="minimal", compat="override",
-                join="exact",
-            )  # fmt: skip
-        else:
-            groups[name] = parts[0]
-    return az.InferenceData(attrs=chains[0].attrs, **groups)
-
-
 def pareto_k(found: az.InferenceData) -> float:
     """PSIS k-hat of the guide: how heavy the tail of log p - log q is over its draws.
 
@@ -269,10 +235,16 @@ def pareto_k(found: az.InferenceData) -> float:
     return float(np.where(np.isnan(each), np.inf, each).max())
 
 
-def compare(runs: Mapping[str, az.InferenceData]) -> str:
-    """Compare runs by PSIS-LOO on the training examples that they share, as a table.
+def compare(runs: Mapping[str, az.InferenceData]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Compare runs by PSIS-LOO on the training examples that they share.
 
     Examples are known by their place and label; that they have the same texts is not checked.
+
+    Returns
+    -------
+    tuple of dict and str
+        By run a row of `az.compare`, with `share_of_bad_k`, of the examples whose Pareto k is above
+        `good_k`; and the table of ArviZ.
 
     Raises
     ------
@@ -285,9 +257,15 @@ def compare(runs: Mapping[str, az.InferenceData]) -> str:
             other["observed_data"]
         ):
             raise ValueError("the runs have seen other examples: they cannot be compared")
-    with warnings.catch_warnings():  # of single examples; the table has a column `warning`
+    with warnings.catch_warnings():  # of single examples, which are counted
         warnings.simplefilter("ignore", UserWarning)
-        return str(az.compare(dict(runs)).to_string())
+        each = {name: az.loo(run, pointwise=True) for name, run in runs.items()}
+        table = az.compare(each)
+    rows = {str(name): row for name, row in table.to_dict(orient="index").items()}
+    for name, found in each.items():
+        rows[name]["share_of_bad_k"] = float((found.pareto_k > found.good_k).mean())
+        rows[name]["good_k"] = float(found.good_k)
+    return rows, str(table.to_string())
 
 
 def write_bundle(path: Path, found: az.InferenceData) -> None:

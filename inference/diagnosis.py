@@ -15,6 +15,7 @@ import xarray as xr
 from scipy.special import logit
 
 from bayes_lora.inference.bundle import InferenceData, pareto_k
+from bayes_lora.inference.convergence import elbo_terms, gains, movement
 from bayes_lora.inference.summary import (
     bits_distribution,
     highest_density,
@@ -92,15 +93,21 @@ def _run(
     found: dict[str, Any] = {
         "task": bundle.attrs["task"],
         "weight_posterior": bundle.attrs["weight_posterior"],
+        "weight_temperature": (temperature := float(bundle.attrs["weight_temperature"])),
         "chains": posterior.sizes["chain"],
         "draws": posterior.sizes["draw"],
+        "prior_draws": bundle["prior"].sizes["draw"],
         "relative_bops": {
             "mean": float(posterior["relative_bops"].mean()),
             "prior_mean": float(bundle["prior"]["relative_bops"].mean()),
         },
-        "pareto_k": round(k, 3) if k is not None and math.isfinite(k) else None,
+        "log_likelihood_gain": gains(bundle),
+        "movement": movement(stats),
+        "pareto_k": None if k is None else round(k, 3) if math.isfinite(k) else "inf",
         "pareto_k_verdict": verdict,
-        "elbo_terms_nats": _terms(stats.isel(chain=0)),
+        "elbo_terms_nats": [
+            elbo_terms(stats.isel(chain=c), temperature) for c in range(stats.sizes["chain"])
+        ],
         "gates": {
             name: _gates(
                 stats[f"{name}_open_probability"], stats[f"{name}_without_data"], stats[path]
@@ -155,19 +162,6 @@ def _subsampling_noise(bundle: InferenceData) -> float:
     return of * math.sqrt(float(variance) / seen * (1 - seen / of))
 
 
-def _terms(stats: xr.Dataset) -> dict[str, float]:
-    """Every term when gates were last sampled; of the log likelihood the mean of a tenth of that.
-
-    A run without gates has all terms at every step.
-    """
-    gates = [name for name in ("kl_rank_gate", "kl_bit_gate") if stats[name].notnull().any()]
-    names = [*gates, *(n for n in ("kl_adapter_weights", "bops_cost") if stats[n].notnull().any())]
-    rows = np.flatnonzero(np.all([stats[n].notnull() for n in gates or ["log_likelihood"]], axis=0))
-    fit = stats["log_likelihood"][rows[-max(1, len(rows) // 10) :]].mean()
-    last = {name: float(stats[name][rows[-1]]) for name in names}
-    return {n: round(v, 3) for n, v in ({"log_likelihood": float(fit)} | last).items()}
-
-
 def _gates(
     probability: xr.DataArray, without_data: xr.DataArray, path: xr.DataArray
 ) -> dict[str, int]:
@@ -207,12 +201,13 @@ def _agreement(distribution: xr.DataArray) -> dict[str, float]:
 def _collapsed(bundle: InferenceData, rank: xr.DataArray) -> dict[str, dict[str, float]]:
     """Layers that probably have rank 0: log odds of any rank, in prior and posterior; nats.
 
-    The prior's are from frequencies, hence with a standard error, and at most the log of twice the
-    number of its draws.
+    The prior's are from frequencies, hence with a standard error, or a bound where all of its draws
+    are alike: the log of twice their number.
     """
     closed = rank.mean("chain").sel(rank=0).to_numpy()
     before = prior_distribution(bundle, rank).sel(rank=0).to_numpy()
     draws = bundle["prior"].sizes["draw"]
+    bound = (before == 0) | (before == 1)
     before = before.clip(0.5 / draws, 1 - 0.5 / draws)
     prior, posterior = -logit(before), -logit(closed.clip(1e-12, 1 - 1e-12))
     error = 1 / np.sqrt(draws * before * (1 - before))
@@ -221,10 +216,11 @@ def _collapsed(bundle: InferenceData, rank: xr.DataArray) -> dict[str, dict[str,
             "probability": round(float(p), 4),
             "prior_log_odds": round(float(x), 2),
             "prior_log_odds_error": round(float(s), 2),
+            "prior_log_odds_bound": bool(b),
             "posterior_log_odds": round(float(y), 2),
         }
-        for layer, p, x, s, y in zip(
-            rank["layer"].to_numpy(), closed, prior, error, posterior, strict=True
+        for layer, p, x, s, b, y in zip(
+            rank["layer"].to_numpy(), closed, prior, error, bound, posterior, strict=True
         )
         if p > 0.5
     }

@@ -27,17 +27,20 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
 from bayes_lora.inference.assemble import assemble, configured_priors
 from bayes_lora.inference.backbone import load_backbone
-from bayes_lora.inference.bundle import combine, read_bundle, write_bundle
+from bayes_lora.inference.bundle import read_bundle, write_bundle
+from bayes_lora.inference.chains import combine, pooled
 from bayes_lora.inference.child import in_a_child
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.draws import draw_prior, quantities
 from bayes_lora.inference.files import check_free, open_folder, write_text
+from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.posterior import PRIOR_DRAWS
 from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.table import prior_table
 from bayes_lora.inference.train_run import OUTPUTS, train_run
+from bayes_lora.inference.trained import read_task
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.priors import Priors
 
@@ -96,12 +99,17 @@ def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     processes.wait()
     found = [json.loads((inner / "metrics.json").read_text(encoding="utf-8")) for inner in folders]
     chains = [read_bundle(inner / "posterior.nc") for inner in folders]
-    write_bundle(folder / "posterior.nc", combine(chains))
+    bundle = combine(chains)
+    write_bundle(folder / "posterior.nc", bundle)
     first = parse(["--config", str(folders[0] / "config.yaml")])
     training = replace(first.training, output_dir=str(folder), restarts=settings.restarts)
     write_text(folder / "config.yaml", replace(first, training=training).to_yaml())
     means = {name: fmean(metrics[name] for metrics in found) for name in found[0]}
     means["seconds"] *= len(found)
+    task, _ = read_task(folders[0] / "task.json")
+    labels = bundle["predictions_constant_data"]["label"].to_numpy()
+    together = evaluate_predictions(task, pooled(bundle).averaged(), labels)
+    means |= {f"averaged_{name}": value for name, value in together.items()}
     write_text(folder / "metrics.json", json.dumps(means, indent=2) + "\n")
     return means
 

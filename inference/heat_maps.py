@@ -39,6 +39,8 @@ def plot_rank_and_bits(bundle: InferenceData) -> Figure:
 def plot_rank(bundle: InferenceData) -> Figure:
     """Posterior mean rank of every layer, and its standard deviation.
 
+    Of all chains together: where they disagree the deviation is large.
+
     A bundle without rank gates raises `NothingToShow`.
     """
     return _heat_maps([p for p in _panels(bundle) if p[0].startswith("rank")])
@@ -46,6 +48,8 @@ def plot_rank(bundle: InferenceData) -> Figure:
 
 def plot_bits(bundle: InferenceData) -> Figure:
     """Posterior mean bits of every tensor, and their standard deviation.
+
+    Of all chains together: where they disagree the deviation is large.
 
     A bundle without bit gates raises `NothingToShow`.
     """
@@ -55,20 +59,26 @@ def plot_bits(bundle: InferenceData) -> Figure:
 def plot_two_runs(first: InferenceData, second: InferenceData, names: tuple[str, str]) -> Figure:
     """Heat maps of two runs of the same network side by side, and what the second has more.
 
-    Of the quantities that both have, as `plot_rank_and_bits` chooses them, on one scale. Runs whose
-    layers differ, or that have no gates in common, are a ValueError.
+    Posterior mean and standard deviation, all chains of a run together; differences have a scale of
+    their own.
+
+    Of the quantities that both have, as `plot_rank_and_bits` chooses them. Runs whose layers
+    differ, or that have no gates in common, are a ValueError.
     """
     ours, theirs = ({p[0].partition(" (")[0]: p for p in _panels(run)} for run in (first, second))
     both = [panel for name, panel in ours.items() if name in theirs]
     panels: list[Panel] = []
     for title, mean, deviation, top in _main(both):
-        _, other, spread, other_top = theirs[title.partition(" (")[0]]
+        other_title, other, spread, other_top = theirs[title.partition(" (")[0]]
         if mean["layer"].to_numpy().tolist() != other["layer"].to_numpy().tolist():
             raise ValueError("the runs have other layers: they cannot be shown together")
-        most = max(top, other_top)
+        most, change = max(top, other_top), other - mean
+        widest = max(1.0, float(abs(change).max()))
         panels += [(f"{title}\n{names[0]}", mean, deviation, most)]
-        panels += [(f"{title}\n{names[1]}", other, spread, most)]
-        panels += [(f"{title}\ndifference", other - mean, (deviation**2 + spread**2) ** 0.5, -most)]
+        panels += [(f"{other_title}\n{names[1]}", other, spread, most)]
+        both_spread = (deviation**2 + spread**2) ** 0.5
+        quantity = title.partition(" (")[0]
+        panels += [(f"{quantity}\n{names[1]}\nless {names[0]}", change, both_spread, -widest)]
     if not panels:
         raise NothingToShow("the runs have no gates in common: they cannot be shown together")
     return _heat_maps(panels)

@@ -46,6 +46,10 @@ from bayes_lora.inference.tasks import Task
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
 
+LEAST_GAIN = 0.01
+"""Nats an example by which a network that has learned something predicts better than the labels'
+frequencies do."""
+
 ECE_BINS = 15
 """Equal-width bins of confidence, as in Guo et al. (2017)."""
 

@@ -36,7 +36,9 @@ TERMS = {
 def plot_gate_trajectories(bundle: InferenceData) -> Figure:
     """Expected rank of every layer, and mean expected bits by tensor, over the training steps.
 
-    Of the first chain. A bundle without gates raises `NothingToShow`.
+    Of the first chain.
+
+    A bundle without gates raises `NothingToShow`.
     """
     stats = bundle["sample_stats"].isel(chain=0)
     kinds = [name for name in ("rank_trajectory", "bits_trajectory") if name in stats]
@@ -66,7 +68,8 @@ def plot_gate_trajectories(bundle: InferenceData) -> Figure:
 def plot_elbo_terms(bundle: InferenceData) -> Figure:
     """Log likelihood, and every term that it is weighed against, over the steps; nats.
 
-    Of the first chain.
+    Of the first chain. Terms are shown whole, also where they count less: all while they are
+    annealed, and the divergence of the weights by its temperature.
     """
     stats = bundle["sample_stats"].isel(chain=0)
     figure = Figure(figsize=(10.4, 3.4), layout="constrained")
@@ -83,7 +86,7 @@ def plot_elbo_terms(bundle: InferenceData) -> Figure:
     if of_gates := [stats[name].fillna(0) for name in shown if name != "kl_adapter_weights"]:
         sampled = stats["kl_rank_gate"].notnull() | stats["kl_bit_gate"].notnull()
         left.plot(values["step"], (smooth - sum(of_gates)).where(sampled), color="black", lw=1.2,
-                  label="less all costs of the gates: ELBO at these weights")  # fmt: skip
+                  label="less all costs of the gates")  # fmt: skip
         left.legend(fontsize=7, frameon=False)
     ends = [float(of(stats[name])) for name in shown for of in (np.nanmin, np.nanmax)]
     if min(ends) < max(ends) / 10:
@@ -132,9 +135,9 @@ def plot_prior_and_posterior(bundle: InferenceData) -> Figure:
 def plot_reliability(bundle: InferenceData) -> Figure:
     """Reliability diagram of the predictions averaged over draws, on the validation set.
 
-    Classification: accuracy against confidence, in bins of the top probability, with the 95 %
-    range of a calibrated prediction. Regression: share of labels inside central intervals
-    against their level.
+    Classification: accuracy against confidence, in 10 bins of the top probability, with the 95 %
+    range of a calibrated prediction, and the number of examples. Regression: share of labels inside
+    central intervals against their level.
     """
     if "log_probability" in bundle["predictions"]:
         raise NothingToShow("of a language model there is no reliability diagram")

@@ -6,7 +6,7 @@ import base64
 import html
 import inspect
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bayes_lora.inference.bundle import InferenceData
+from bayes_lora.inference.description import ELSEWHERE
 from bayes_lora.inference.heat_maps import NothingToShow, plot_two_runs
 from bayes_lora.inference.plots import PLOTS
 
@@ -72,7 +73,7 @@ def report(
     str
         HTML; pictures are inside.
     """
-    prose, _, table = html.escape(description).partition("\n\n")
+    prose, _, table = html.escape(description.replace(f"\n{ELSEWHERE}", "")).partition("\n\n")
     parts = [f'<pre class="prose">{prose}</pre>']
     if table:
         parts.append(f"<pre>{table}</pre>")
@@ -82,16 +83,16 @@ def report(
             figure = plot(bundle)
         except NothingToShow:
             continue
-        parts.append(_section(title, figure, (inspect.getdoc(plot) or "").split("\n\n")[0]))
+        shown = f"<figure>{_picture(figure, title)}{_caption(plot)}</figure>"
+        parts.append(f"<h2>{html.escape(title)}</h2>\n{shown}")
     for other, theirs in others.items():
         parts.append(f"<h2>Beside {html.escape(other)}</h2>")
-        parts.append(f"<pre>{html.escape(found['beside'][other])}</pre>")
+        parts.append(f"<pre>{html.escape(found['beside'][other]['text'])}</pre>")
         try:
             short = PurePath(name).name, PurePath(other).name
             names = short if short[0] != short[1] else (name, other)
-            parts.append(
-                _picture(plot_two_runs(bundle, theirs, names), f"{names[0]} and {names[1]}")
-            )
+            picture = _picture(plot_two_runs(bundle, theirs, names), " and ".join(names))
+            parts.append(f"<figure>{picture}{_caption(plot_two_runs)}</figure>")
         except ValueError as error:
             parts.append(_note(error))
     title = html.escape(f"Posterior of {name} ({bundle.attrs['task']})")
@@ -125,12 +126,10 @@ def _table_row(tag: str, cells: Iterable[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _section(title: str, figure: Figure, caption: str) -> str:
-    note = html.escape(" ".join(caption.split()))
-    return (
-        f"<h2>{html.escape(title)}</h2>\n<figure>{_picture(figure, title)}"
-        f"<figcaption>{note}</figcaption></figure>"
-    )
+def _caption(plot: Callable[..., Figure]) -> str:
+    """What its documentation says of the picture; what comes third is for who calls it."""
+    said = " ".join((inspect.getdoc(plot) or "").split("\n\n")[:2])
+    return f"<figcaption>{html.escape(' '.join(said.split()))}</figcaption>"
 
 
 def _note(error: ValueError) -> str:

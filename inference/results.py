@@ -15,7 +15,7 @@ from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, write_decision
 from bayes_lora.inference.files import write_figure, write_text
 from bayes_lora.inference.heat_maps import plot_rank_and_bits
 from bayes_lora.inference.history import History
-from bayes_lora.inference.metrics import constant_nll, evaluate_predictions
+from bayes_lora.inference.metrics import LEAST_GAIN, constant_nll, evaluate_predictions
 from bayes_lora.inference.posterior import sample_posterior
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.prepared import Prepared
@@ -72,7 +72,7 @@ def write_results(
         )
     reached = -end["log_likelihood"] / len(data.train)
     if not data.task.is_language_model and (  # which has learned before
-        reached > constant_nll(labels_of(data.train), data.task.is_regression) - 0.01
+        reached > constant_nll(labels_of(data.train), data.task.is_regression) - LEAST_GAIN
     ):
         warnings.warn(
             f"nothing was learned: NLL on the training set is {reached:.3f} nats an example, no "

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from bayes_lora.gates import STRUCTURES, level_weights, rank_probabilities
 from bayes_lora.inference.bundle import InferenceData
+from bayes_lora.inference.chains import pooled
 from bayes_lora.inference.metrics import COVERAGE_LEVELS, coverage
-from bayes_lora.inference.predictive import NormalPredictions
+from bayes_lora.inference.predictive import NormalPredictions, TextProbabilities
 
 BINS = 10  # of confidence, in a reliability diagram
 
@@ -108,15 +109,16 @@ class CalibrationCurve(NamedTuple):
 
 def calibration_curve(bundle: InferenceData) -> CalibrationCurve:
     """Calibration on the validation set of the predictions averaged over all chains and draws."""
-    predictions = bundle["predictions"].stack(sample=("chain", "draw"))
+    prediction = pooled(bundle).averaged()
     labels = bundle["predictions_constant_data"]["label"].to_numpy()
-    if "probability" not in predictions:
-        both = [predictions[k].transpose("sample", ...).to_numpy() for k in ("mean", "deviation")]
-        mean, deviation = NormalPredictions(*both).averaged()
+    if isinstance(prediction, TextProbabilities):
+        raise ValueError("of a language model there is no calibration curve")
+    if isinstance(prediction, NormalPredictions):
+        mean, deviation = prediction
         inside = coverage(mean, deviation, labels)
         counts = np.full(len(inside), len(labels))
         return CalibrationCurve(COVERAGE_LEVELS, inside, counts, is_regression=True)
-    probability = predictions["probability"].mean("sample").to_numpy()
+    (probability,) = prediction
     confidence, correct = probability.max(-1), probability.argmax(-1) == labels
     place = np.ceil(confidence * BINS).astype(int)
     counts = np.bincount(place, minlength=BINS + 1)

@@ -78,7 +78,9 @@ def prior_table(network: AdaptedNetwork, draws: Mapping[str, NDArray[np.number]]
             columns[tensor] = _spread(draws["bits"][:, :, t])
     low, middle, high = np.quantile(draws["relative_bops"], [0.05, 0.5, 0.95])
     lines = [
-        f"Prior mean and standard deviation of rank (of {network.rank}) and bits.",
+        f"Prior mean and standard deviation of rank (of {network.rank}) and bits, from "
+        f"{len(draws['relative_bops'])} draws:",
+        f"a mean is known to {len(draws['relative_bops']) ** -0.5:.0%} of the deviation beside it.",
         _row(list(columns), columns),
     ]
     lines += [_row(cells, columns) for cells in zip(*columns.values(), strict=True)]

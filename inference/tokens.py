@@ -112,9 +112,9 @@ def tokenize(
     >>> tokenize(train, task, tokenizer, max_length=32).column_names
     ['input_ids', 'token_type_ids', 'attention_mask', 'labels']
     """
-    if max_length > tokenizer.model_max_length:
+    if max_length > (most := tokenizer.model_max_length):
         raise InputError(
-            f"max_length is {max_length}; this backbone reads {tokenizer.model_max_length} at most"
+            f"max_length is {max_length}; this backbone reads {most} at most: give --max_length {most}"
         )
 
     sample = tokenizer(dataset[task.text_columns[0]][:100], add_special_tokens=False)

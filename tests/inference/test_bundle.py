@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from bayes_lora.gates import rank_probabilities
-from bayes_lora.inference.bundle import combine, compare, pareto_k, read_bundle, write_bundle
+from bayes_lora.inference.bundle import compare, pareto_k, read_bundle, write_bundle
+from bayes_lora.inference.chains import combine, pooled
 from bayes_lora.inference.summary import (
     bits_distribution,
     calibration_curve,
@@ -71,8 +72,12 @@ def test_what_arviz_makes_of_it(made_bundle):
     assert len(summary) == 12
     assert az.plot_forest(found, var_names=["rank"]) is not None
     assert np.isfinite(az.loo(found).elpd_loo)
-    table = compare({"a": found, "b": made_bundle(RANK, BITS, seed=1)})
-    assert "elpd_loo" in table
+    table, words = compare({"a": found, "b": made_bundle(RANK, BITS, seed=1)})
+    assert "elpd_loo" in words
+    assert sorted(table) == ["a", "b"]
+    assert table["a"]["elpd_loo"] == pytest.approx(az.loo(found).elpd_loo)
+    k = az.loo(found, pointwise=True).pareto_k.to_numpy()
+    assert table["a"]["share_of_bad_k"] == np.mean(k > table["a"]["good_k"])
 
 
 def test_draws_agree_with_the_exact_distribution(made_bundle):
@@ -105,6 +110,8 @@ def test_restarts_become_chains(made_bundle, tmp_path):
         ours = found.posterior["rank"].isel(chain=k).to_numpy()
         assert np.array_equal(ours, part.posterior["rank"][0])
     assert "chain" not in found.observed_data.dims
+    each = [part.predictions["probability"].to_numpy()[0] for part in parts]
+    assert np.array_equal(pooled(found).probability, np.concatenate(each))
     assert np.isfinite(az.loo(found).elpd_loo)
 
 

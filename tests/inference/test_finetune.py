@@ -4,6 +4,7 @@ import itertools
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -225,6 +226,10 @@ def test_restarts_have_seeds_and_folders_of_their_own_and_become_chains(command,
     means = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert means["nll"] == pytest.approx((inner[0]["nll"] + inner[1]["nll"]) / 2)
     assert inner[0]["nll"] != inner[1]["nll"]
+    # but averaged is what all chains predict together
+    p = found.predictions["probability"].to_numpy().mean((0, 1))
+    y = found.predictions_constant_data["label"].to_numpy()
+    assert means["averaged_nll"] == pytest.approx(-np.log(p[range(len(y)), y]).mean(), rel=1e-5)
     assert "nll" in out
     code, _, err = command(restarts=2, epochs=2)
     assert code == 2

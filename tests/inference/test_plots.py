@@ -84,8 +84,8 @@ def test_two_runs_side_by_side(made_bundle):
     first, second = made_bundle(HALF, QUARTER), made_bundle(HALF + 9, QUARTER, seed=1)
     figure = plot_two_runs(first, second, ("a", "b"))
     shown = dict(zip(titles(figure), cells(figure), strict=True))
-    assert list(shown)[:3] == ["rank (of 3)\na", "rank (of 3)\nb", "rank (of 3)\ndifference"]
-    assert {text.split("\n")[0] for text in shown["rank (of 3)\ndifference"]} == {"2.1"}
+    assert list(shown)[:3] == ["rank (of 3)\na", "rank (of 3)\nb", "rank\nb\nless a"]
+    assert {text.split("\n")[0] for text in shown["rank\nb\nless a"]} == {"2.1"}
     only_bits = made_bundle(None, QUARTER, seed=2)
     common = titles(plot_two_runs(first, only_bits, ("a", "c")))
     assert [title for title in common if title.endswith("c")] == [
