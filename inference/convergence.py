@@ -20,7 +20,7 @@ from bayes_lora.inference.metrics import constant_nll
 
 COSTS = ("kl_rank_gate", "kl_bit_gate", "kl_adapter_weights", "bops_cost")
 TAIL = 5  # of the joint steps, the last one in so many is looked at
-RESTLESS = 0.1  # a mean that changes by this share in the tail is not at rest
+RESTLESS = 0.1  # a mean that changes by so many, and by this share, in the tail is not at rest
 
 
 def gains(bundle: InferenceData) -> list[float] | None:

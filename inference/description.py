@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from bayes_lora.inference.convergence import COSTS, RESTLESS
@@ -34,7 +35,7 @@ def text(found: dict[str, Any]) -> str:
         f"PSIS k-hat of the guide: {run['pareto_k_verdict']}",
         *_elbo(run),
         *_gates(run),
-        *_collapsed(run),
+        *_collapsed(run, found["layers"]),
     ]
     if table := _table(found["layers"]):
         heading = f"Rank and bits: mean, {MASS:.0%} highest-density interval, prior mean"
@@ -101,7 +102,7 @@ def _gates(run: dict[str, Any]) -> list[str]:
     if moved := run["movement"]:
         changes = " and ".join(f"{name} by {m['change']:.2f}" for name, m in moved.items())
         rest = ""
-        if max(m["share"] for m in moved.values()) > RESTLESS:
+        if any(min(m["share"], m["change"]) > RESTLESS for m in moved.values()):
             rest = (
                 f", more than {RESTLESS:.0%} of its level: gates had not come to rest, give more "
                 "--epochs or --joint_share"
@@ -117,14 +118,21 @@ def _gates(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _collapsed(run: dict[str, Any]) -> list[str]:
+def _short(layers: Iterable[str]) -> dict[str, str]:
+    paths = list(layers)
+    names = short_names([LayerSpec(path, 0, 0) for path in paths]) if paths else []
+    return dict(zip(paths, names, strict=True))
+
+
+def _collapsed(run: dict[str, Any], layers: Iterable[str]) -> list[str]:
     """Layers that probably have rank 0: one line each, or one for many of the same cause."""
     by_cause: dict[str, dict[str, dict[str, float]]] = {}
+    short = _short(layers)
     for layer, why in run.get("collapsed", {}).items():
-        by_cause.setdefault(_cause(why, nothing_learned(run)), {})[layer] = why
+        by_cause.setdefault(_cause(why, nothing_learned(run)), {})[short[layer]] = why
     lines = []
-    for cause, layers in by_cause.items():
-        names = list(layers)
+    for cause, alike in by_cause.items():
+        names = list(alike)
         if len(names) > NAMED:
             ends = [
                 f"{min(values):{form}} to {max(values):{form}}"
@@ -132,13 +140,13 @@ def _collapsed(run: dict[str, Any]) -> list[str]:
                     ("probability", ".2f"), ("prior_log_odds", "+.1f"),
                     ("posterior_log_odds", "+.1f"),
                 )
-                for values in [[why[key] for why in layers.values()]]
+                for values in [[why[key] for why in alike.values()]]
             ]  # fmt: skip
             names = [f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more"]
         else:
             ends = []
         for name in names:
-            probability, prior, posterior = ends or _odds(layers[name])
+            probability, prior, posterior = ends or _odds(alike[name])
             lines.append(
                 f"{name}: rank 0 with probability {probability}; log odds of a rank above it "
                 f"{prior} a priori, {posterior} a posteriori: {cause}"
@@ -172,8 +180,7 @@ def _table(layers: dict[str, Any]) -> list[str]:
     if not layers:
         return []
     rows = []
-    names = short_names([LayerSpec(layer, 0, 0) for layer in layers])
-    for layer, parts in zip(names, layers.values(), strict=True):
+    for layer, parts in zip(_short(layers).values(), layers.values(), strict=True):
         cells = {"rank": parts["rank"]} if "rank" in parts else {}
         cells |= parts.get("bits", {})
         described = (

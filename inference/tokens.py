@@ -114,7 +114,8 @@ def tokenize(
     """
     if max_length > (most := tokenizer.model_max_length):
         raise InputError(
-            f"max_length is {max_length}; this backbone reads {most} at most: give --max_length {most}"
+            f"max_length is {max_length}; this backbone reads {most} at most: "
+            f"give --max_length {most}"
         )
 
     sample = tokenizer(dataset[task.text_columns[0]][:100], add_special_tokens=False)
