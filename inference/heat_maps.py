@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 from bayes_lora.inference.bundle import InferenceData
 from bayes_lora.inference.summary import (
@@ -119,17 +118,24 @@ def _heat_maps(panels: list[Panel]) -> Figure:
     for axes, (title, mean, deviation, top) in zip(grid.flat, panels, strict=False):
         picture = np.full((len(blocks), len(names)), np.nan)
         picture[rows, kinds] = mean.to_numpy()
-        image = _image(axes, picture, top)
+        norm = _scale(title, top)
+        image = axes.imshow(
+            picture, cmap="RdBu_r" if top < 0 else "viridis", norm=norm, aspect="auto"
+        )
         for row, column, m, d in zip(rows, kinds, mean.values, deviation.values, strict=True):
             m = round(float(m), 1) + 0.0  # no minus before a zero
             text = f"{m:.1f}" if d < 0.05 else f"{m:.1f}\n±{d:.1f}"
-            dark = m < 0.6 * top if top > 0 else abs(m) > -0.6 * top
+            dark = abs(m) > -0.6 * top if top < 0 else norm(m) < 0.6
             colour = "white" if dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
         axes.set_title(title, fontsize=10)
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
         axes.set_yticks(range(len(blocks)), blocks)
-        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        if isinstance(norm, LogNorm):
+            ticks = [bits for bits in (2, 4, 8, 16, 32) if bits <= top]
+            bar.set_ticks(ticks, labels=map(str, ticks), minor=False)
+            bar.minorticks_off()
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes in grid[:, 0]:
@@ -137,10 +143,11 @@ def _heat_maps(panels: list[Panel]) -> Figure:
     return figure
 
 
-def _image(axes: Axes, picture: np.ndarray, top: float) -> AxesImage:
-    if top < 0:  # a difference
-        return axes.imshow(picture, cmap="RdBu_r", vmin=top, vmax=-top, aspect="auto")
-    return axes.imshow(picture, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+def _scale(title: str, top: float) -> Normalize:
+    """Colours: of bits by doublings, of ranks from 0, of differences about 0."""
+    if top < 0:
+        return Normalize(top, -top)
+    return LogNorm(2, top) if title.startswith("bits") else Normalize(0, top)
 
 
 def _grid(layers: np.ndarray) -> tuple[list[int], list[int], list[str], list[str]]:

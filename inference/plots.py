@@ -85,8 +85,12 @@ def plot_elbo_terms(bundle: InferenceData) -> Figure:
         right.plot(stats["step"], stats[name], lw=1.2, label=label)
     if of_gates := [stats[name].fillna(0) for name in shown if name != "kl_adapter_weights"]:
         sampled = stats["kl_rank_gate"].notnull() | stats["kl_bit_gate"].notnull()
-        left.plot(values["step"], (smooth - sum(of_gates)).where(sampled), color="black", lw=1.2,
-                  label="less all costs of the gates")  # fmt: skip
+        less = (smooth - sum(of_gates)).where(sampled)
+        left.plot(values["step"], less, color="black", lw=1.2, label="less all costs of the gates")
+        # while they are annealed the costs are far from what they come to
+        settled = less.where(stats["phase"] == "joint") if "joint" in stats["phase"] else less
+        ends = float(min(settled.min(), smooth.min())), float(smooth.max())
+        left.set_ylim(ends[0] - 0.1 * (ends[1] - ends[0]), ends[1] + 0.1 * (ends[1] - ends[0]))
         left.legend(fontsize=7, frameon=False)
     ends = [float(of(stats[name])) for name in shown for of in (np.nanmin, np.nanmax)]
     if min(ends) < max(ends) / 10:
@@ -101,6 +105,8 @@ def plot_elbo_terms(bundle: InferenceData) -> Figure:
 
 def plot_prior_and_posterior(bundle: InferenceData) -> Figure:
     """Distributions of rank and of every tensor's bits, mean of layers: prior beside posterior.
+
+    Of all chains together; the prior's are frequencies over its draws.
 
     A bundle without gates raises `NothingToShow`.
     """
