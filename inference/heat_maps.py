@@ -134,7 +134,7 @@ def _heat_maps(panels: list[Panel]) -> Figure:
         bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
         if isinstance(norm, LogNorm):
             ticks = [bits for bits in (2, 4, 8, 16, 32) if bits <= top]
-            bar.set_ticks(ticks, labels=map(str, ticks), minor=False)
+            bar.set_ticks(ticks, labels=[str(bits) for bits in ticks])
             bar.minorticks_off()
     for axes in grid.flat[len(panels) :]:
         axes.remove()

@@ -89,8 +89,8 @@ def plot_elbo_terms(bundle: InferenceData) -> Figure:
         left.plot(values["step"], less, color="black", lw=1.2, label="less all costs of the gates")
         # while they are annealed the costs are far from what they come to
         settled = less.where(stats["phase"] == "joint") if "joint" in stats["phase"] else less
-        ends = float(min(settled.min(), smooth.min())), float(smooth.max())
-        left.set_ylim(ends[0] - 0.1 * (ends[1] - ends[0]), ends[1] + 0.1 * (ends[1] - ends[0]))
+        low, high = float(min(settled.min(), smooth.min())), float(smooth.max())
+        left.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         left.legend(fontsize=7, frameon=False)
     ends = [float(of(stats[name])) for name in shown for of in (np.nanmin, np.nanmax)]
     if min(ends) < max(ends) / 10:
