@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bayes_lora.costs import totals
 from bayes_lora.gates import nested
@@ -200,3 +201,17 @@ def test_a_price_of_any_size_leaves_a_finite_worth(run, capsys):
     after = read_run(folder)
     used = totals(after.model.network, *after.gates)["relative_bops_32"]
     assert 0.5 * share < used <= 0.8 * share
+
+
+def test_a_decision_that_is_worse_than_none_is_told(run, capsys):
+    """Adapters that do harm, as they may where a budget leaves too little of them."""
+    folder = run()
+    state = load_file(folder / "guide.safetensors")
+    save_file(state | {"loc": 40 * state["loc"]}, folder / "guide.safetensors")
+    assert main(["decide", str(folder), "--max_bops", "0.5"]) == 0
+    printed = capsys.readouterr()
+    assert "with every gate closed NLL is" in printed.err
+    after = next(row for row in printed.out.splitlines() if row.startswith("nll")).split()[-1]
+    assert float(printed.err.split("NLL is ")[1].split(",")[0]) < float(after)
+    assert main(["decide", str(folder)]) == 0  # of no budget it is not asked
+    assert "every gate closed" not in capsys.readouterr().err
