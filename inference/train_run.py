@@ -176,10 +176,9 @@ def _train(
 
     def keep(training: Training, phase_ended: bool) -> None:
         due = processes.is_main() and keeper.due(training.step)
-        # a signal that comes later waits for the next step
-        signal, late = processes.most(float(pending.signal or 0), float(due))
-        pending.signal = int(signal) or None
-        signalled = pending.signal is not None
+        signalled, late = processes.most(float(pending.signal or 0), float(due))
+        if signalled:  # else one may have come meanwhile, to this process: it waits a step
+            pending.signal = int(signalled)
         if phase_ended or signalled or late:
             mine = {"unsettled": unsettled, "seconds": time.monotonic() - begun}
             kept = history.kept()

@@ -82,7 +82,9 @@ def test_a_folder_without_the_task(tmp_path, write, error_of):
         ("t.tsv", "text\tlabel\na\t0\nb\t1\nc\t\n", "row 3: label is missing"),
         ("t.csv", "text,text,label\na,b,0\n", "columns twice: text"),
         ("t.parquet", "text", "cannot read"),
-        ("t.txt", "text", "must end in .jsonl, .json, .csv, .tsv, .parquet"),
+        ("t.doc", "text", "must end in .jsonl, .json, .csv, .tsv, .parquet, .txt"),
+        ("t.txt", "text\n", "has no column 'label'; it has text"),
+        ("t.txt", "\n \n", "has no examples"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, text, says, error_of):

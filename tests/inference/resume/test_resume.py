@@ -6,7 +6,7 @@ import signal
 import pytest
 from accelerate.state import AcceleratorState
 
-from bayes_lora.inference import cells, checkpoint
+from bayes_lora.inference import cells, checkpoint, processes
 from bayes_lora.inference.checkpoint import found
 from bayes_lora.inference.cli import main
 
@@ -78,23 +78,33 @@ def test_restarts_go_on_with_the_one_that_was_stopped(command, tmp_path, killed_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("moment", "step"), [("before", 13), ("while", 14)])
 def test_a_signal_writes_a_checkpoint_and_says_so(
-    command, whole, tmp_path, monkeypatch, number, same
+    command, whole, tmp_path, monkeypatch, number, same, moment, step
 ):
-    due = checkpoint.Keeper.due
+    """Before the processes ask each other for signals, or while they do: then a step later."""
+    due, most, steps = checkpoint.Keeper.due, processes.most, []
 
-    def interrupted(keeper, step):
-        if step == 13:
+    def asked(keeper, step):
+        steps.append(step)
+        if step == 13 and moment == "before":
             signal.raise_signal(number)
         return due(keeper, step)
 
+    def exchanged(*values):
+        found = most(*values)
+        if steps[-1] == 13 and moment == "while":
+            signal.raise_signal(number)
+        return found
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Keeper, "due", interrupted)
+        patch.setattr(checkpoint.Keeper, "due", asked)
+        patch.setattr(processes, "most", exchanged)
         code, _, err = command()
     assert code == 128 + number
     assert f"by {number.name}" in err
     assert "--resume" in err
-    assert found(tmp_path / "run" / "checkpoints")[-1].name == "step-14"  # that under way
+    assert found(tmp_path / "run" / "checkpoints")[-1].name == f"step-{step}"
     assert command(resume="")[0] == 0
     same(tmp_path / "run", whole)
 
