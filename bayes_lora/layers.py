@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from bayes_lora.gates import level_bits
@@ -172,7 +173,10 @@ class AdaptedLinear(nn.Module):
             The adapter's first matrix, shape (R, in), from which the hidden sample follows.
         """
         if not self.calibrated:  # the weight is frozen: once is enough
-            self.weight_limits.copy_(searched_limits(self.weight, (1,), self.bits))
+            weight = self.weight
+            if isinstance(weight, DTensor):  # FSDP shares it out, but in forward passes
+                weight = weight.full_tensor()
+            self.weight_limits.copy_(searched_limits(weight, (1,), self.bits))
         draw = torch.Generator().manual_seed(0)
         for limits, sample in (
             (self.input_limits, inputs.flatten()),
