@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from bayes_lora.gates import level_bits
@@ -174,7 +173,8 @@ class AdaptedLinear(nn.Module):
         """
         if not self.calibrated:  # the weight is frozen: once is enough
             weight = self.weight
-            if isinstance(weight, DTensor):  # FSDP shares it out, but in forward passes
+            # FSDP shares it out, but in forward passes; to import its type would take seconds
+            if hasattr(weight, "full_tensor"):
                 weight = weight.full_tensor()
             self.weight_limits.copy_(searched_limits(weight, (1,), self.bits))
         draw = torch.Generator().manual_seed(0)

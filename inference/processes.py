@@ -27,7 +27,6 @@ from accelerate.utils import (
     reduce,
 )
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -117,7 +116,7 @@ def leave_shards(module: Module) -> None:
     ValueError
         If a parameter that is shared out is trained; it is named.
     """
-    shards = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    shards = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}
     for name, parameter in shards.items():
         if parameter.requires_grad:
             raise ValueError(f"{name} is trained: share out frozen modules only")
