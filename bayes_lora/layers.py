@@ -172,7 +172,11 @@ class AdaptedLinear(nn.Module):
             The adapter's first matrix, shape (R, in), from which the hidden sample follows.
         """
         if not self.calibrated:  # the weight is frozen: once is enough
-            self.weight_limits.copy_(searched_limits(self.weight, (1,), self.bits))
+            weight = self.weight
+            # FSDP shares it out, but in forward passes; to import its type would take seconds
+            if hasattr(weight, "full_tensor"):
+                weight = weight.full_tensor()
+            self.weight_limits.copy_(searched_limits(weight, (1,), self.bits))
         draw = torch.Generator().manual_seed(0)
         for limits, sample in (
             (self.input_limits, inputs.flatten()),

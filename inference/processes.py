@@ -27,6 +27,8 @@ from accelerate.utils import (
     reduce,
 )
 from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(days=7)
 """How long one process waits for the others: a restart of another may take days."""
@@ -102,6 +104,23 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     if state().num_processes > 1:
         for tensor in tensors:
             tensor.copy_(broadcast(tensor.detach().clone()))
+
+
+def leave_shards(module: Module) -> None:
+    """Have DDP leave alone what FSDP has shared out over the processes, as a frozen backbone.
+
+    DDP begins with everyone's parameters put to those of the main process, and fails at parts.
+
+    Raises
+    ------
+    ValueError
+        If a parameter that is shared out is trained; it is named.
+    """
+    shards = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}
+    for name, parameter in shards.items():
+        if parameter.requires_grad:
+            raise ValueError(f"{name} is trained: share out frozen modules only")
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(shards))
 
 
 def draw_apart(seed: int) -> None:

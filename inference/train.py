@@ -101,6 +101,7 @@ def fit(
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
     optimizer, scheduler = make_optimizer(module, guide, optimisation, total_steps)
+    processes.leave_shards(module)
     loader_of_all, order = loader, getattr(loader.sampler, "generator", None)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     batches = EndlessBatches(loader, order)
