@@ -24,11 +24,11 @@ import argparse
 import csv
 import itertools
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 from unittest import mock
@@ -238,12 +238,14 @@ def steps_of(
 def peak_memory(
     variant: str, phase: str, size: Size, dtype: torch.dtype, joint: list[Gates]
 ) -> float:
-    """Megabytes that a process takes which makes three steps of one kind."""
+    """Megabytes that a process takes at most which makes three steps of one kind; on Linux."""
     quiet()
     step = steps_of(variant, phase, size, dtype, joint)[0]
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # getrusage would have that of the parent, if it was larger when it made this process
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 2**10
 
 
 def measure(size: Size, dtype: torch.dtype, joint: list[Gates], repeats: int) -> list[list[str]]:
