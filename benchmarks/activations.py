@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bayes_lora.inference.cells import peak_memory
 from bayes_lora.inference.quiet import quiet
 from bayes_lora.layers import AdaptedLinear
 from bayes_lora.models.likelihoods import Classification, LanguageModel
@@ -178,4 +179,4 @@ def measured(build: Build, shape: tuple[int, int], setting: Setting) -> tuple[in
     log_likelihood, _ = forward(network, shape, setting)
     grown = resident() - before
     log_likelihood.backward()
-    return grown, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 - before
+    return grown, peak_memory() - before

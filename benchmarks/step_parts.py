@@ -21,7 +21,7 @@ from unittest import mock
 
 import pyro
 import torch
-from step_time import Size, Step, our_step, peft_step
+from step_time import Size, Step, steps_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,8 +32,8 @@ from bayes_lora.network import AdaptedNetwork
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "mkldnn")
 HALF = Gates(torch.full((36, 8), 0.5), torch.full((36, 6, 3), 0.5))  # shapes of MiniLM at rank 8
 STEPS = {
-    "peft_lora": ("open", None),
-    "lora": ("open", None),
+    "peft_lora": ("open", Gates()),
+    "lora": ("open", Gates()),
     "r": ("joint", HALF._replace(bit_gate=None)),
     "qr": ("joint", HALF),
 }
@@ -43,9 +43,7 @@ STEPS = {
 def made(variant: str) -> Step:
     """The step of a variant."""
     phase, at = STEPS[variant]
-    if variant.startswith("peft_"):
-        return peft_step(variant.removeprefix("peft_"), Size(), torch.float32)
-    return our_step(variant, phase, Size(), torch.float32, at)
+    return steps_of(variant, phase, Size(), torch.float32, [at])[0]
 
 
 def parts(step: Step, repeats: int) -> dict[str, float]:

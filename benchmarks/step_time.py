@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 from unittest import mock
@@ -42,6 +41,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from bayes_lora import layers
+from bayes_lora.inference import cells
 from bayes_lora.inference.assemble import assemble
 from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.baselines import Setting, build
@@ -238,29 +238,27 @@ def steps_of(
 def peak_memory(
     variant: str, phase: str, size: Size, dtype: torch.dtype, joint: list[Gates]
 ) -> float:
-    """Megabytes that a process takes at most which makes three steps of one kind; on Linux."""
+    """Megabytes that a process takes at most which makes three steps of one kind."""
     quiet()
     step = steps_of(variant, phase, size, dtype, joint)[0]
     for _ in range(3):
         step()
-    # getrusage would have that of the parent, if it was larger when it made this process
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 2**10
+    return cells.peak_memory() / 2**20
 
 
 def measure(size: Size, dtype: torch.dtype, joint: list[Gates], repeats: int) -> list[list[str]]:
     """Rows of the table for one length and one type."""
-    cells = [(variant, phase) for variant, phases in VARIANTS.items() for phase in phases]
+    kinds = [(variant, phase) for variant, phases in VARIANTS.items() for phase in phases]
     spawn = multiprocessing.get_context("spawn")
     memory = []
-    for cell in tqdm(cells, desc="memory", disable=None):
+    for cell in tqdm(kinds, desc="memory", disable=None):
         with ProcessPoolExecutor(1, spawn) as pool:
             memory.append(pool.submit(peak_memory, *cell, size, dtype, joint).result())
-    medians = times([steps_of(*cell, size, dtype, joint) for cell in cells], repeats)
+    medians = times([steps_of(*cell, size, dtype, joint) for cell in kinds], repeats)
     name = str(dtype).removeprefix("torch.")
     return [
         [*cell, str(size.tokens), name, f"{m:.4f}", f"{m / medians[0]:.3f}", f"{peak:.0f}"]
-        for cell, m, peak in zip(cells, medians, memory, strict=True)
+        for cell, m, peak in zip(kinds, medians, memory, strict=True)
     ]
 
 

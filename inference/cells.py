@@ -109,11 +109,21 @@ def train_cell(method: str, words: Sequence[str], folder: Path) -> None:
     if torch.cuda.is_available():
         metrics["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     else:
-        metrics["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        metrics["peak_memory_mb"] = peak_memory() / 2**20
     metrics["learning_rate"] = config.training.learning_rate
     cell = {"method": method, "options": list(words)}
     write_text(folder / "cell.json", json.dumps(cell, indent=2) + "\n")
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage has on Linux may be of the parent, before this one began
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _config(words: Sequence[str], folder: Path) -> FinetuneConfig:

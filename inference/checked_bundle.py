@@ -10,16 +10,14 @@ import xarray as xr
 from bayes_lora.errors import InputError, one_line
 from bayes_lora.gates import STRUCTURES
 from bayes_lora.inference.bundle import InferenceData, read_bundle
+from bayes_lora.inference.convergence import COSTS
 
 NEEDED = {
     "posterior": {"relative_bops"},
     "prior": {"relative_bops"},
     "log_likelihood": {"label"},
     "observed_data": {"label"},
-    "sample_stats": {
-        "log_p", "log_q", "log_likelihood", "kl_rank_gate", "kl_bit_gate", "kl_adapter_weights",
-        "bops_cost", "phase",
-    },
+    "sample_stats": {"log_p", "log_q", "log_likelihood", *COSTS, "phase"},
     "predictions": set[str](),
     "predictions_constant_data": {"label"},
 }  # fmt: skip

@@ -138,7 +138,6 @@ def run(arguments: Sequence[str] | None = None) -> None:
     data = validation_if_there(found)
     both = tqdm((found.gates, new), desc="validate", disable=None)
     rows = [judge(found, gates, data) for gates in both]
-    closed = judge(found, new.map(torch.zeros_like), data if loss is not None else None)
     print("\n".join(changes(found, new)) or "nothing changes")
     print(f"\n{'':28}{'before':>12}{'after':>12}")
     for name in rows[0]:
@@ -148,12 +147,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
             f"expected log likelihood of the training set, against {MORE_PROBABLE_SIDE}: "
             f"{0.0 - round(loss, 1):+.1f} nats"
         )
-    if closed.get("nll", np.inf) < rows[1].get("nll", -np.inf):
-        print(
-            f"bayes-lora: with every gate closed NLL is {closed['nll']:.5g}, better than this "
-            "decision's: such a budget asks for a run that was trained for it, with --target_bops",
-            file=sys.stderr,
-        )
+        closed = judge(found, new.map(torch.zeros_like), data)
+        if closed.get("nll", np.inf) < rows[1].get("nll", -np.inf):
+            print(
+                f"bayes-lora: with every gate closed NLL is {closed['nll']:.5g}, better than this "
+                "decision's: such a budget asks for a run trained for it, with --target_bops",
+                file=sys.stderr,
+            )
     path = options.run / "decision.json"
     write_decision(path, found.model.network, new, by)
     print(f"Written to {path}; `bayes-lora decide {options.run}` goes back to {MORE_PROBABLE_SIDE}")

@@ -36,14 +36,14 @@ from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from bayes_lora.inference.predictive import (
-    SMALLEST_PROBABILITY,
+    ClassProbabilities,
+    FloatArray,
     NormalPredictions,
     Prediction,
     TextProbabilities,
 )
 from bayes_lora.inference.tasks import Task
 
-FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.integer]
 
 LEAST_GAIN = 0.01
@@ -144,8 +144,8 @@ METRICS: dict[str, Callable[..., float]] = {
 def nll(probabilities: FloatArray, labels: IntArray) -> float:
     """Negative log likelihood of the labels, in nats per example.
 
-    A probability below `SMALLEST_PROBABILITY` counts as that, so that one confident mistake,
-    which float32 rounds to 0, leaves the mean finite.
+    A probability below `predictive.SMALLEST_PROBABILITY` counts as that, so that one confident
+    mistake, which float32 rounds to 0, leaves the mean finite.
 
     Parameters
     ----------
@@ -159,8 +159,7 @@ def nll(probabilities: FloatArray, labels: IntArray) -> float:
     >>> round(nll(np.array([[0.5, 0.5], [0.75, 0.25]]), np.array([0, 1])), 4)
     1.0397
     """
-    likelihood = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    return float(-np.mean(np.log(np.maximum(likelihood, SMALLEST_PROBABILITY))))
+    return float(-np.mean(ClassProbabilities(probabilities).log_likelihood(labels)))
 
 
 def brier(probabilities: FloatArray, labels: IntArray) -> float:

@@ -56,16 +56,11 @@ def encode(
     [0, 1, 1]
     """
     columns = [texts[column] for column in task.text_columns]
-    if not task.is_language_model or not tokenizer.is_fast:
-        found = dict(tokenizer(*columns, truncation=True, max_length=max_length))
-        place = list(range(len(columns[0])))
-    else:
-        found = dict(
-            tokenizer(
-                *columns, truncation=True, max_length=max_length, return_overflowing_tokens=True
-            )
-        )
-        place = found.pop("overflow_to_sample_mapping")
+    cut = task.is_language_model and tokenizer.is_fast  # others of transformers cannot
+    found = dict(
+        tokenizer(*columns, truncation=True, max_length=max_length, return_overflowing_tokens=cut)
+    )
+    place = found.pop("overflow_to_sample_mapping", list(range(len(columns[0]))))
     if task.is_language_model:
         found["labels"] = found["input_ids"]
         used = [len(ids) > 1 for ids in found["input_ids"]]  # the first token is not predicted

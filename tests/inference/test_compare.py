@@ -1,6 +1,8 @@
 """The comparison on a tiny model: cells, choice of a rate, resumption, tables."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -141,3 +143,10 @@ def test_the_mean_over_tasks_is_of_methods_that_have_all():
 def test_the_picture_has_a_panel_a_task():
     figure = plot_comparison(cells_of(lora={"a": [0.8], "b": [0.5]}, qr={"a": [0.7, 0.8]}))
     assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+
+
+def test_the_memory_of_a_process_is_not_that_of_its_parent():
+    large = np.ones(2**26)  # half a GB
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        child = pool.submit(cells.peak_memory).result()
+    assert child < cells.peak_memory() - large.nbytes / 2
