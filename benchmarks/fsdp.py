@@ -37,7 +37,6 @@ from itertools import chain
 
 import pyro
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from activations import saved_storages
 from torch import Tensor, distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
@@ -177,7 +176,6 @@ def trained(shared: bool, again: bool) -> Tensor:
         share_out(model, "backbone", guide, guide)
     rows = [{"input_ids": text, "labels": text} for text in texts()]
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(3))
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     phases = [
         Phase("warmup", "open", 3),
         Phase("joint", "sampled", 4),
@@ -185,7 +183,7 @@ def trained(shared: bool, again: bool) -> Tensor:
     ]
     fit(
         model, guide, DataLoader(rows, 2, sampler=order), phases, Optimisation(0.01),
-        Accelerator(cpu=True, kwargs_handlers=[ddp]),
+        processes.accelerator(cpu=True),
     )  # fmt: skip
     return torch.cat([p.detach().flatten() for p in guide.parameters()])
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from bayes_lora.inference.bundle import InferenceData
 from bayes_lora.inference.summary import (
+    NothingToShow,
     bits_distribution,
     mean_and_deviation,
     rank_distribution,
@@ -20,10 +21,6 @@ from bayes_lora.inference.summary import (
 from bayes_lora.targets import LayerSpec
 
 MAIN = ("rank", "bits of weight", "bits of input")  # the two tensors whose product is the cost
-
-
-class NothingToShow(ValueError):
-    """The bundle has no gates of the kind that the picture is of."""
 
 
 def plot_rank_and_bits(bundle: InferenceData) -> Figure:

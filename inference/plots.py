@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bayes_lora.inference.bundle import InferenceData
-from bayes_lora.inference.heat_maps import NothingToShow, plot_bits, plot_rank
+from bayes_lora.inference.heat_maps import plot_bits, plot_rank
 from bayes_lora.inference.summary import (
+    NothingToShow,
     bits_distribution,
     calibration_curve,
     prior_distribution,
@@ -144,9 +145,9 @@ def plot_reliability(bundle: InferenceData) -> Figure:
     Classification: accuracy against confidence, in 10 bins of the top probability, with the 95 %
     range of a calibrated prediction, and the number of examples. Regression: share of labels inside
     central intervals against their level.
+
+    The bundle of a language model raises `NothingToShow`.
     """
-    if "log_probability" in bundle["predictions"]:
-        raise NothingToShow("of a language model there is no reliability diagram")
     curve = calibration_curve(bundle)
     figure = Figure(figsize=(4, 4), layout="constrained")
     axes = figure.subplots()

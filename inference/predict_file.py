@@ -2,9 +2,10 @@
 
 One output row for every input row, in the same order, written as it goes: `line` (of the input,
 from 1), `label`, `probability`, and entropies in nats, what the data and what the posterior leave
-open (`predict.described`); in regression `label` and variances. A row that cannot be read has an
-`error` instead. Only some rows are in memory at a time. Until all are finished they are in
-FILE.partial, where the same command goes on after it was stopped. Several processes share the rows
+open (`predictive.py`); in regression `label` and variances, of a language model the log probability
+of the text. A row that cannot be read has an `error` instead. Only some rows are in memory at a
+time. Until all are finished they are in FILE.partial, where the same command goes on after it was
+stopped. Several processes share the rows
 (`accelerate launch -m bayes_lora.inference.predict_file`), and the main one writes them all.
 """
 
@@ -33,12 +34,12 @@ from bayes_lora.inference.rows import SUFFIXES, Row, read_rows
 
 CHUNK = 256  # rows in memory at a time, and between two writes
 SHOWN = 20  # rows that could not be read
-FIELDS = (
-    ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
-    ("label", "variance", "variance_data", "variance_posterior"),
-    ("log_probability", "deviation_posterior", "tokens"),
-)
-"""Columns of the output: of classification, regression, and a language model."""
+FIELDS = {
+    "classification": ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
+    "regression": ("label", "variance", "variance_data", "variance_posterior"),
+    "causal_lm": ("log_probability", "deviation_posterior", "tokens"),
+}
+"""Columns of the output, by `Task.problem`."""
 
 
 def answers(model: FineTuned, rows: Sequence[Row], draws: int, seed: int) -> list[dict[str, Any]]:
@@ -95,8 +96,7 @@ def predict_file(
             f"{partial} is of another command, or of another state of the input or the run: "
             "remove it, or name another output"
         )
-    kind = 2 if model.task.is_language_model else int(model.task.is_regression)
-    names = ["line", *FIELDS[kind], "error"]
+    names = ["line", *FIELDS[model.task.problem], "error"]
     bad, first = 0, []
 
     def watched(rows: Iterator[Row]) -> Iterator[Row]:

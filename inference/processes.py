@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import (
     broadcast,
     broadcast_object_list,
@@ -41,6 +41,13 @@ def state() -> PartialState:
     # PartialState itself looks for others on processors only if it is told so
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def accelerator(mixed_precision: str = "no", cpu: bool = False) -> Accelerator:
+    """What places model and batches, and has the gradients of all processes averaged."""
+    # gates that are held have no gradient; buffers are alike, as all processes make them alike
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
 
 
 def is_main() -> bool:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from bayes_lora.inference.bundle import InferenceData
 from bayes_lora.inference.description import ELSEWHERE
-from bayes_lora.inference.heat_maps import NothingToShow, plot_two_runs
+from bayes_lora.inference.heat_maps import plot_two_runs
 from bayes_lora.inference.plots import PLOTS
+from bayes_lora.inference.summary import NothingToShow
 
 PAGE = """<!doctype html>
 <html lang="en">

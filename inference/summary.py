@@ -21,6 +21,10 @@ from bayes_lora.inference.predictive import NormalPredictions, TextProbabilities
 BINS = 10  # of confidence, in a reliability diagram
 
 
+class NothingToShow(ValueError):
+    """The bundle has nothing of the kind that a picture is of."""
+
+
 def rank_distribution(bundle: InferenceData) -> xr.DataArray | None:
     """P(rank = k) of every layer and chain, dims (chain, layer, rank); None without rank gates."""
     stats = bundle["sample_stats"]
@@ -112,7 +116,7 @@ def calibration_curve(bundle: InferenceData) -> CalibrationCurve:
     prediction = pooled(bundle).averaged()
     labels = bundle["predictions_constant_data"]["label"].to_numpy()
     if isinstance(prediction, TextProbabilities):
-        raise ValueError("of a language model there is no calibration curve")
+        raise NothingToShow("of a language model there is no calibration curve")
     if isinstance(prediction, NormalPredictions):
         mean, deviation = prediction
         inside = coverage(mean, deviation, labels)

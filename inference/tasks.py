@@ -49,14 +49,21 @@ class Task:
     label_column: str = "label"
 
     @property
+    def problem(self) -> Literal["classification", "regression", "causal_lm"]:
+        """What is predicted: a class, a number, or the text itself, which then is the label."""
+        if self.label_column in self.text_columns:
+            return "causal_lm"
+        return "classification" if self.label_names else "regression"
+
+    @property
     def is_regression(self) -> bool:
         """Whether the label is a number to predict, not a class."""
-        return not self.label_names and not self.is_language_model
+        return self.problem == "regression"
 
     @property
     def is_language_model(self) -> bool:
         """Whether the label is the text itself."""
-        return self.label_column in self.text_columns
+        return self.problem == "causal_lm"
 
     @property
     def num_labels(self) -> int | None:

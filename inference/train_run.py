@@ -16,7 +16,6 @@ from math import ceil
 from pathlib import Path
 
 import pyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
@@ -144,9 +143,7 @@ def _train(
 ) -> tuple[Gates, History, dict[str, float]]:
     """Go through the phases; what is decided, the history, and the score before settling."""
     settings, folder = config.training, Path(config.training.output_dir)
-    # gates that are held have no gradient; buffers are alike, as all processes make them alike
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[ddp])
+    accelerator = processes.accelerator(settings.mixed_precision)
     processes.draw_apart(settings.seed)
     refine_epochs = config.posterior.refine_epochs
     steps = sum(phase.steps for phase in phases)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pyro
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -75,11 +74,6 @@ def held(model):
     return Gates(*(torch.randint(2, s, generator=draw).float() for s in shapes))
 
 
-def accelerated():
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(cpu=True, kwargs_handlers=[ddp])
-
-
 def loader(batch_size):
     draw = torch.Generator().manual_seed(3)
     return DataLoader(
@@ -92,7 +86,7 @@ def gradients(batches):
     """Gradient of the loss at held gates, of the batches of this process; and of `processes`."""
     model, guide = pair()
     gates = held(model)
-    module = accelerated().prepare(TermwiseELBO()(model, guide))
+    module = processes.accelerator(cpu=True).prepare(TermwiseELBO()(model, guide))
     batch = dict(batches)
     module(batch, batch.pop("labels"), 0.7, gates).backward()
     return {n: p.grad for n, p in named(model, guide).items() if p.grad is not None}
@@ -115,8 +109,8 @@ def trained(batch_size, accumulation=1):
     phases = [Phase("warmup", "open", STEPS)]
     records = []
     fit(
-        model, guide, loader(batch_size), phases, Optimisation(0.01), accelerated(), records.append,
-        accumulation=accumulation,
+        model, guide, loader(batch_size), phases, Optimisation(0.01),
+        processes.accelerator(cpu=True), records.append, accumulation=accumulation,
     )  # fmt: skip
     changes = [(p.detach() - before[n]).flatten() for n, p in named(model, guide).items()]
     return torch.cat(changes), records
