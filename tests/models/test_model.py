@@ -12,7 +12,7 @@ from bayes_lora.costs import relative_bops
 from bayes_lora.gates import independent
 from bayes_lora.inference.elbo import TermwiseELBO
 from bayes_lora.models.guides import GateGuide, open_up_to_quantile
-from bayes_lora.models.likelihoods import Classification, Regression
+from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
 from bayes_lora.models.priors import CostWeightedGates, GibbsGates, IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork
@@ -254,25 +254,6 @@ def test_gates_held_fixed_are_not_sampled(network, batch):
         trace = poutine.trace(program).get_trace(batch, LABELS, 1.0, fixed)
         assert "rank_gate" not in trace.nodes
         assert "bit_gate" not in trace.nodes
-
-
-def test_regression_learns_its_noise():
-    far = Regression.of(torch.tensor([1e5, 1e5 + 30.0]))  # a network of order one will do
-    assert (far(torch.tensor([[0.0]])).mean, far(torch.tensor([[2.0]])).mean) == (
-        1e5 + 15,
-        1e5 + 45,
-    )
-    assert float(far(torch.zeros(1, 1)).stddev) == 15
-    likelihood = Regression()
-    data = 3.0 + 0.5 * torch.randn(4000)
-    optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
-    for _ in range(200):
-        loss = -likelihood(torch.full((4000, 1), 3.0)).log_prob(data).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    noise = float(likelihood.log_noise.detach().exp())
-    assert noise == pytest.approx(float((data - 3).square().mean().sqrt()), rel=1e-3)
 
 
 def test_quantizing_before_calibration_is_an_error(backbone, batch):
