@@ -40,10 +40,10 @@ from bayes_lora.gates import nested, rank_probabilities
 from bayes_lora.inference.batches import fixed_batches
 from bayes_lora.inference.data import load_task
 from bayes_lora.inference.draws import draw_posterior
+from bayes_lora.inference.encoding import encode_dataset
 from bayes_lora.inference.natural_gradient import GateSet, ascend
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.refine import DRAWS, refine_guide
-from bayes_lora.inference.tokens import tokenize
 from bayes_lora.inference.trained import read_run
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA
@@ -62,7 +62,7 @@ def load(run: Path) -> tuple[BayesianLoRA, GateGuide, DataLoader, DataLoader]:
     """Model and guide of a finished run; its training set, in order, and as it is refined on."""
     found = read_run(run)
     _, train, _ = load_task(found.config.data, data_seed(found.config.training))
-    tokens = tokenize(train, found.task, found.tokenizer, found.config.data.max_length)
+    tokens = encode_dataset(train, found.task, found.tokenizer, found.config.data.max_length)
     collate = transformers.DataCollatorWithPadding(found.tokenizer)
     settings = found.config.training
     batches = fixed_batches(tokens, collate, settings.batch_size, settings.seed)

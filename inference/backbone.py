@@ -1,4 +1,4 @@
-"""Load a pretrained transformer and its tokenizer, from the hub or from a folder."""
+"""Load a pretrained transformer and what reads for it, from the hub or from a folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BaseImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from bayes_lora.errors import InputError, one_line
+from bayes_lora.inference.encoding import Processor
+from bayes_lora.inference.tasks import Problem
 from bayes_lora.targets import linear_layers
 
 DEMO = "sentence-transformers/all-MiniLM-L6-v2"
@@ -60,30 +66,47 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 class Backbone(NamedTuple):
-    """A pretrained sequence classifier, or a language model.
+    """A pretrained classifier of texts or images, or a language model.
 
     Attributes
     ----------
     model : PreTrainedModel
         In float32.
-    tokenizer : PreTrainedTokenizerBase
+    processor : PreTrainedTokenizerBase or BaseImageProcessor
         The one it was trained with.
     new_parameters : tuple of str
         Names of what the checkpoint lacks, drawn at random: a classifier's head, often the pooler.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     new_parameters: tuple[str, ...]
 
 
-def model_class(num_labels: int | None) -> type[Any]:
-    """What of transformers loads a classifier of so many labels; None, a language model."""
-    return AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+MODELS: dict[Problem, type[Any]] = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "causal_lm": AutoModelForCausalLM,
+    "image_classification": AutoModelForImageClassification,
+}
+"""What of transformers loads a model, by `Task.problem`."""
 
 
-def load_backbone(name: str | None, num_labels: int | None) -> Backbone:
-    """Load a sequence classifier, or a causal language model, and its tokenizer.
+def load_processor(name: str | Path, problem: Problem) -> Processor:
+    """Load a tokenizer, or an image processor, as transformers does, with its errors."""
+    # without a word transformers asks at the terminal whether to run a model's own code
+    if problem != "image_classification":
+        return cast(Processor, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    # of two ways to resize, which are not the same to the bit, the one that is always installed
+    return cast(
+        Processor, AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    )
+
+
+def load_backbone(
+    name: str | None, num_labels: int | None, problem: Problem = "classification"
+) -> Backbone:
+    """Load a classifier, or a causal language model, and its tokenizer or image processor.
 
     Parameters
     ----------
@@ -91,27 +114,29 @@ def load_backbone(name: str | None, num_labels: int | None) -> Backbone:
         Model name on the hub, or a folder with `config.json`; None for `DEMO`.
     num_labels : int or None
         Outputs of the head, which is drawn anew; 1 for regression; None for a language model.
+    problem : str
+        What is predicted.
 
     Returns
     -------
     Backbone
-        Model, tokenizer, and which parameters are not pretrained.
+        Model, tokenizer or image processor, and which parameters are not pretrained.
 
     Raises
     ------
     InputError
         If the folder is no model, or the hub has none of that name or cannot be reached, or if
         weights of the encoder's blocks are missing; or if a language model has no pretrained head,
-        or looks at the tokens that it is to predict.
+        or looks at the tokens that it is to predict, or if a model of images does not read what
+        its processor makes of them.
     """
     name = located(name)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"backbone {name!r} is no model folder: it has no config.json")
     try:
-        # without a word transformers asks at the terminal whether to run a model's own code
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, report = model_class(num_labels).from_pretrained(
+        processor = load_processor(name, problem)
+        model, report = MODELS[problem].from_pretrained(
             name,
             **({} if num_labels is None else {"num_labels": num_labels}),
             ignore_mismatched_sizes=True,  # the head of another task is drawn anew
@@ -135,13 +160,16 @@ def load_backbone(name: str | None, num_labels: int | None) -> Backbone:
         )
     if bad := not_finite(dict(model.named_parameters())):
         raise InputError(f"{name} is damaged: {bad} is not finite")
-    if num_labels is None and (new or _looks_ahead(model.eval())):
+    if problem == "causal_lm" and (new or _looks_ahead(model.eval())):
         raise InputError(
             f"{name} is no causal language model: "
             + (f"its {new[0]} is not pretrained" if new else "it looks at the tokens to predict")
         )
-    _fit_together(name, model, tokenizer)
-    return Backbone(model.float(), tokenizer, new)
+    if isinstance(processor, BaseImageProcessor):
+        _reads_images(name, model.eval(), processor)
+    else:
+        _fit_together(name, model, processor)
+    return Backbone(model.float(), processor, new)
 
 
 @torch.no_grad()
@@ -149,6 +177,18 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
     """Whether the output at the first token depends on the second."""
     one, two = (model(torch.tensor([[1, second]])).logits[0, 0] for second in (1, 2))
     return not torch.allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def _reads_images(name: str, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+    """Refuse a processor of another model, by one image."""
+    try:
+        model(**processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt"))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{name} does not read what its image processor makes of a colour image: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def _fit_together(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,6 +14,19 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
+def lengths_of(data: Dataset) -> list[int]:
+    """Tokens of every example; images are all of one size, as of one token.
+
+    Examples
+    --------
+    >>> lengths_of(Dataset.from_dict({"input_ids": [[5, 6], [7]]}))
+    [2, 1]
+    """
+    if "input_ids" not in data.column_names:
+        return [1] * len(data)
+    return [len(tokens) for tokens in data["input_ids"]]
+
+
 def training_batches(
     train: Dataset,
     collate: Callable[[list[Any]], dict[str, Tensor]],
@@ -26,7 +39,7 @@ def training_batches(
     Parameters
     ----------
     train : Dataset
-        Tokenized.
+        Encoded.
     collate : function
         From a list of examples to a batch.
     batch_size : int
@@ -58,7 +71,7 @@ def evaluation_batches(
 
     Its `sampler` says where in `data` each one stands.
     """
-    lengths = [len(tokens) for tokens in data["input_ids"]]
+    lengths = lengths_of(data)
     order = sorted(range(len(data)), key=lengths.__getitem__)
     return DataLoader(data, batch_size=batch_size, sampler=order, collate_fn=collate)
 
@@ -67,7 +80,7 @@ def fixed_batches(
     data: Dataset, collate: Callable[[list[Any]], dict[str, Tensor]], batch_size: int, seed: int
 ) -> DataLoader:
     """All examples, those of like length together, as the same batches in the same drawn order."""
-    lengths = torch.tensor([len(tokens) for tokens in data["input_ids"]])
+    lengths = torch.tensor(lengths_of(data))
     draw = torch.Generator().manual_seed(seed)
     rows = lengths.argsort(stable=True).split(batch_size)
     order = torch.randperm(len(rows), generator=draw).tolist()

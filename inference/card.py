@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from bayes_lora.inference.backbone import model_class
+from bayes_lora.inference.backbone import MODELS
 from bayes_lora.inference.manifest import Manifest
 from bayes_lora.inference.table import short_names
 from bayes_lora.layers import TENSORS
@@ -54,6 +54,9 @@ KEPT = {
     "packed": "This folder has all of it.",
 }
 
+PIPELINES = {"causal_lm": "text-generation", "image_classification": "image-classification"}
+"""What the hub calls a task, by `Task.problem`; all others are text-classification."""
+
 ROWS = {
     "score": "score", "perplexity": "perplexity", "nll": "NLL, nats",
     "ece": "expected calibration error",
@@ -63,7 +66,9 @@ ROWS = {
 }  # fmt: skip
 
 
-def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str, pad_token_id: int) -> str:
+def model_card(
+    manifest: Manifest, metrics: Mapping[str, float], by: str, pad_token_id: int | None
+) -> str:
     """Write the card, in Markdown with the front matter that the hub reads.
 
     Parameters
@@ -74,15 +79,14 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str, pad_to
         As `export` returns them.
     by : str
         The rule that decided.
-    pad_token_id : int
-        Of the backbone, or of its tokenizer where it has none.
+    pad_token_id : int or None
+        Of the backbone, or of its tokenizer where it has none; None if it reads images.
     """
     name, task = manifest.backbone, manifest.task.name
     library = {"peft": "peft", "merged": "transformers"}.get(manifest.form, "bayes-lora")
-    kind = "generation" if manifest.task.is_language_model else "classification"
     front = [
         f"library_name: {library}",
-        f"pipeline_tag: text-{kind}",
+        f"pipeline_tag: {PIPELINES.get(manifest.task.problem, 'text-classification')}",
         "tags: [bayes-lora, lora, quantization]",
     ]
     source = name
@@ -110,13 +114,14 @@ def model_card(manifest: Manifest, metrics: Mapping[str, float], by: str, pad_to
     )  # fmt: skip
 
 
-def _use(manifest: Manifest, source: str, pad_token_id: int) -> str:
+def _use(manifest: Manifest, source: str, pad_token_id: int | None) -> str:
     """Python that loads the export, and the backbone from its source."""
     task = manifest.task
     if manifest.form == "packed":
+        one = '"image.png"' if task.has_images else '"A text."'
         pair = len(task.text_columns) == 2
-        return LOAD.format(example='("One text.", "Another.")' if pair else '"A text."')
-    of_task = model_class(task.num_labels).__name__
+        return LOAD.format(example='("One text.", "Another.")' if pair else one)
+    of_task = MODELS[task.problem].__name__
     if manifest.form == "merged":
         return STOCK.format(of_task=of_task, arguments='"FOLDER"')
     if task.is_language_model:
@@ -124,6 +129,7 @@ def _use(manifest: Manifest, source: str, pad_token_id: int) -> str:
     names = dict(enumerate(task.label_names))
     arguments = [f'"{source}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
     arguments += [f"id2label={names}"] * bool(names)
-    arguments.append(f"pad_token_id={pad_token_id}")  # a decoder's own may be none
+    if pad_token_id is not None:
+        arguments.append(f"pad_token_id={pad_token_id}")  # a decoder's own may be none
     text = "".join(f"\n    {a}," for a in arguments) + "\n"
     return STOCK.format(of_task=of_task, arguments=text) + PEFT

@@ -31,7 +31,8 @@ from torch import Tensor
 from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
 from bayes_lora.inference.config import FinetuneConfig
-from bayes_lora.inference.tokens import labels_of
+from bayes_lora.inference.encoding import labels_of
+from bayes_lora.inference.images import PATHS
 from bayes_lora.models.priors import Priors
 
 Run = Mapping[str, Any]
@@ -165,10 +166,13 @@ def identity(config: FinetuneConfig, priors: Priors, data: Dataset) -> Run:
 
 
 def _digest_of(data: Dataset) -> str:
+    labels = np.ascontiguousarray(labels_of(data)).tobytes()
+    if PATHS in data.column_names:
+        files = [(path, os.path.getsize(path)) for path in data[PATHS]]
+        return _digest(json.dumps(files).encode(), labels)
     tokens = np.fromiter(chain.from_iterable(data["input_ids"]), dtype=np.int64)
     lengths = np.fromiter(map(len, data["input_ids"]), dtype=np.int64)
-    labels = labels_of(data)
-    return _digest(*(np.ascontiguousarray(a).tobytes() for a in (tokens, lengths, labels)))
+    return _digest(tokens.tobytes(), lengths.tobytes(), labels)
 
 
 def _write(folder: Path, checkpoint: Checkpoint, run: Run) -> None:

@@ -71,6 +71,10 @@ class FinetuneConfig:
             f"learning_rate is {training.learning_rate}: give a number > 0": (
                 0 < training.learning_rate < math.inf
             ),
+            "images have no length to be grouped by: leave out train_sampling_strategy": (
+                self.data.task != "image_classification"
+                or training.train_sampling_strategy == "random"
+            ),
             f"gate_learning_rate is {training.gate_learning_rate}: give a number > 0": (
                 training.gate_learning_rate is None or 0 < training.gate_learning_rate < math.inf
             ),

@@ -1,13 +1,13 @@
 """Data: from the configuration to training and validation sets.
 
-    generator, folder, files or hub  ->  columns  ->  checked texts and labels
+    generator, folder, files or hub  ->  columns  ->  checked texts or images, and labels
 
 Whatever the source, every row is checked before training starts; an error names file and row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,16 @@ from datasets import Dataset
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.agreement import generate
+from bayes_lora.inference.images import PATHS, read_folder
 from bayes_lora.inference.sources import find_file, load_glue, read_file
-from bayes_lora.inference.tasks import TASKS, Task, check_examples, infer_task, language_task
+from bayes_lora.inference.tasks import (
+    TASKS,
+    Columns,
+    Task,
+    check_examples,
+    infer_task,
+    language_task,
+)
 
 NUM_TRAIN, NUM_VALIDATION = 3000, 1000
 """Examples of the embedded task; the same in every run, as those of GLUE are."""
@@ -35,20 +43,24 @@ class DataConfig:
     task: str = field(
         default="agreement",
         metadata={
-            "help": "agreement (embedded), causal_lm (texts of your own), or cola, sst2, mrpc, "
-            "qqp, stsb, mnli, qnli, rte of GLUE"
+            "help": "agreement (embedded), causal_lm (texts of your own), image_classification "
+            "(images of your own), or cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte of GLUE"
         },
     )
     data_dir: str | None = field(
         default=None,
         metadata={
             "help": "folder with <task>/train.* and <task>/validation.*, "
-            "as jsonl, json (one object a line), csv, tsv, parquet, or txt (one text a line)"
+            "as jsonl, json (one object a line), csv, tsv, parquet, or txt (one text a line); for "
+            "image_classification with train/<class>/ and validation/<class>/, which hold images"
         },
     )
     train_file: str | None = field(
         default=None,
-        metadata={"help": "training examples of your own, in one of these formats"},
+        metadata={
+            "help": "training examples of your own, in one of these formats; images by their "
+            "paths, relative to the file"
+        },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "validation examples that go with train_file"}
@@ -91,7 +103,8 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     ----------
     config : DataConfig
         If `train_file` is given, that and `validation_file` are read as task ``custom``; else
-        `task` is read from `data_dir`, generated, or loaded from the hub.
+        `task` is read from `data_dir`, generated, or loaded from the hub. Images are read from
+        these files or from `data_dir`.
     seed : int
         Draws the subset of `max_train_examples` and the part held out, and nothing else.
 
@@ -114,7 +127,9 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     ('agreement', 100, 1000, ['sentence', 'label'])
     """
     _check(config)
-    if config.train_file and config.validation_file:
+    if config.task == "image_classification":
+        task, origins, columns = _images(config)
+    elif config.train_file and config.validation_file:
         origins = [config.train_file, config.validation_file]
         columns = [read_file(Path(file)) for file in origins]
         if config.task == "causal_lm":
@@ -149,6 +164,27 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
     return task, train, validation
 
 
+def _images(config: DataConfig) -> tuple[Task, list[str], list[Columns]]:
+    """Task, names and columns of training and validation images."""
+    if config.train_file and config.validation_file:
+        origins = [config.train_file, config.validation_file]
+        columns = [read_file(Path(file)) for file in origins]
+        options = (config.text_columns, config.label_column, "classification")
+        found = infer_task(columns[0], *options, origin=config.train_file)
+        (paths,) = found.text_columns
+        for file, table in zip(origins, columns, strict=True):
+            beside = Path(file).resolve().parent
+            table[paths] = [
+                str(beside / path) if isinstance(path, str) else path
+                for path in table.get(paths, [])
+            ]
+    else:
+        origins = [str(Path(config.data_dir or "") / split) for split in ("train", "validation")]
+        columns = [read_folder(Path(folder)) for folder in origins]
+        found = infer_task(columns[0], [PATHS], origin=origins[0])
+    return replace(found, name=config.task, problem="image_classification"), origins, columns
+
+
 def _check(config: DataConfig) -> None:
     """Refuse options that are out of range or contradict each other."""
     if config.max_length < 8:
@@ -160,7 +196,8 @@ def _check(config: DataConfig) -> None:
     if bool(config.train_file) != bool(config.validation_file):
         raise InputError("train_file and validation_file go together; give both, or neither")
     if config.train_file:
-        if config.data_dir or config.task not in ("agreement", "custom", "causal_lm"):
+        own = ("agreement", "custom", "causal_lm", "image_classification")
+        if config.data_dir or config.task not in own:
             raise InputError("train_file excludes data_dir and a named task; leave these out")
         texts = config.text_columns or ["one"]
         if config.task == "causal_lm" and (
@@ -172,12 +209,19 @@ def _check(config: DataConfig) -> None:
             )
         if len(texts) > 2 or config.label_column in texts:
             raise InputError("text_columns must be one or two, without label_column")
-    elif config.task not in TASKS:
+        if config.task == "image_classification" and (config.problem or len(texts) > 1):
+            raise InputError(
+                "image_classification has classes, and one column of paths: leave out problem, and "
+                "name one of text_columns at most"
+            )
+    elif config.task not in (*TASKS, "image_classification"):
         raise InputError(
-            f"unknown task {config.task!r}; there are {', '.join(TASKS)}, or give train_file and "
-            "validation_file of your own"
+            f"unknown task {config.task!r}; there are {', '.join(TASKS)}, image_classification, or "
+            "give train_file and validation_file of your own"
         )
     elif config.task == "causal_lm" and not config.data_dir:
         raise InputError("causal_lm needs texts of your own: give train_file and validation_file")
+    elif config.task == "image_classification" and not config.data_dir:
+        raise InputError("image_classification needs images of your own: give data_dir")
     elif config.text_columns or config.problem or config.label_column != "label":
         raise InputError("text_columns, label_column and problem are for train_file; add that")

@@ -5,8 +5,8 @@
               activations in full precision; merge_report.json has the score before and after
     packed    the network as decided, every quantized tensor in its own bits (`packed.py`)
 
-Each comes with its tokenizer, a model card, and bayes_lora.json, by which `bayes_lora.load` knows
-it. In regression the head's output is in units of the labels.
+Each comes with its tokenizer or image processor, a model card, and bayes_lora.json, by which
+`bayes_lora.load` knows it. In regression the head's output is in units of the labels.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def decided_model(run: Trained) -> PreTrainedModel:
 
 
 def _peft(model: PreTrainedModel, manifest: Manifest, folder: Path) -> nn.Module:
-    stock = load_backbone(manifest.backbone, manifest.task.num_labels).model
+    task = manifest.task
+    stock = load_backbone(manifest.backbone, task.num_labels, task.problem).model
     return write_peft(model, stock, manifest.backbone, folder)
 
 
@@ -141,7 +142,7 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
                 metrics |= _measured(exported, manifest, data)
             if form == "merged":
                 write_text(partial / "merge_report.json", json.dumps(metrics, indent=2) + "\n")
-            run.tokenizer.save_pretrained(partial)
+            run.processor.save_pretrained(partial)
             write_manifest(partial, manifest)
             card = model_card(manifest, metrics, by, model.config.pad_token_id)
             write_text(partial / "README.md", card)

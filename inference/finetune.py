@@ -19,6 +19,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import pyro
 import torch
@@ -39,6 +40,7 @@ from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.posterior import PRIOR_DRAWS
 from bayes_lora.inference.quiet import quiet
 from bayes_lora.inference.table import prior_table
+from bayes_lora.inference.tasks import Problem
 from bayes_lora.inference.train_run import OUTPUTS, train_run
 from bayes_lora.inference.trained import read_task
 from bayes_lora.models.likelihoods import Classification
@@ -122,8 +124,11 @@ def _restart(config: FinetuneConfig, priors: Priors) -> None:
 
 def prior_predictive(config: FinetuneConfig) -> str:
     """What the prior implies for rank, bits and bit operations, as text; nothing is trained."""
-    writes = config.data.task == "causal_lm"
-    backbone = load_backbone(config.network.backbone, num_labels=None if writes else 2)
+    problem: Problem = "classification"
+    if config.data.task in ("causal_lm", "image_classification"):
+        problem = cast(Problem, config.data.task)
+    num_labels = None if problem == "causal_lm" else 2
+    backbone = load_backbone(config.network.backbone, num_labels, problem)
     priors = configured_priors(config)
     model, _ = assemble(config, backbone, Classification(), priors, num_examples=1)
     if not model.gated:

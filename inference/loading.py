@@ -1,4 +1,4 @@
-"""`bayes_lora.load`: a finished run, or an export of one, as something that predicts texts.
+"""`bayes_lora.load`: a finished run, or an export of one, as something that predicts.
 
     run = bayes_lora.load("runs/demo")
     run.predict(["The keys to the cabinet are here ."], draws=8)
@@ -25,22 +25,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from bayes_lora.errors import InputError, one_line
-from bayes_lora.inference.backbone import load_backbone, model_class
+from bayes_lora.inference.backbone import MODELS, load_backbone, load_processor
 from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.draws import draw_posterior, draw_weights, unbound
+from bayes_lora.inference.encoding import Processor, collator, encode, labels_of
 from bayes_lora.inference.export import export
 from bayes_lora.inference.manifest import NAME, Manifest, read_manifest
 from bayes_lora.inference.packed import read_packed
 from bayes_lora.inference.predict import predictions, stacked
 from bayes_lora.inference.predictive import TextProbabilities
 from bayes_lora.inference.tasks import Task
-from bayes_lora.inference.tokens import collator, encode, labels_of
 from bayes_lora.inference.trained import read_run
 from bayes_lora.network import Latents
 
@@ -50,15 +48,15 @@ Labels = Callable[[dict[str, Tensor]], torch.distributions.Distribution]
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A fine-tuned network that predicts texts.
+    """A fine-tuned network that predicts texts, or images.
 
     Attributes
     ----------
     folder : Path
         Where it was read from.
     task : Task
-        What texts and labels mean.
-    tokenizer : PreTrainedTokenizerBase
+        What texts or images and labels mean.
+    processor : PreTrainedTokenizerBase or BaseImageProcessor
         Of the backbone.
     max_length : int
         Tokens of an example at most.
@@ -73,21 +71,22 @@ class FineTuned:
 
     folder: Path
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     max_length: int
     device: torch.device
     decided: Labels
     draw: Callable[[int, int], list[Labels]] | None = None
 
     def predict(
-        self, texts: Sequence[str | tuple[str, str]], draws: int = 0, seed: int = 0
+        self, texts: Sequence[str | Path | tuple[str, str]], draws: int = 0, seed: int = 0
     ) -> dict[str, NDArray[Any]]:
-        """Predict texts, or pairs of texts.
+        """Predict texts, pairs of texts, or images.
 
         Parameters
         ----------
         texts : sequence of str, or of pairs of str
-            As many as wanted; they are all in memory at once.
+            As many as wanted; they are all in memory at once. Of images the paths, which may be
+            Path objects.
         draws : int
             Draws of the posterior to average over; 0 for the decision.
         seed : int
@@ -105,7 +104,8 @@ class FineTuned:
         Raises
         ------
         InputError
-            If draws are asked of an export, or a text is not what the task has.
+            If draws are asked of an export, or a text is not what the task has, or an image
+            cannot be read.
         """
         columns = self._columns(texts)
         if draws < 0 or not 0 <= seed < 2**32:
@@ -113,12 +113,12 @@ class FineTuned:
         if draws and self.draw is None:
             raise InputError(f"{self.folder} is an export without a posterior: no draws")
         named = dict(zip(self.task.text_columns, columns, strict=True))
-        pieces = encode(named, self.task, self.tokenizer, self.max_length)
+        pieces = encode(named, self.task, self.processor, self.max_length)
         if not pieces.text:
             zeros = np.zeros(len(columns[0]))
             return TextProbabilities(zeros[None]).described(()) | {"tokens": zeros.astype(int)}
         data = Dataset.from_dict(pieces.columns)
-        loader = evaluation_batches(data, collator(self.task, self.tokenizer))
+        loader = evaluation_batches(data, collator(self.task, self.processor))
         with torch.random.fork_rng():  # the caller's random state stays as it is
             each = self.draw(draws, seed) if draws and self.draw else [self.decided]
             found = stacked([predictions(labels, loader, self.device) for labels in each])
@@ -128,11 +128,13 @@ class FineTuned:
         tokens = np.bincount(pieces.text, labels_of(data), number).astype(int)
         return found.of_whole_texts(pieces.text, number).described(()) | {"tokens": tokens}
 
-    def _columns(self, texts: Sequence[str | tuple[str, str]]) -> list[list[str]]:
+    def _columns(self, texts: Sequence[str | Path | tuple[str, str]]) -> list[list[str]]:
         """The texts by column, checked."""
         wanted = self.task.text_columns
-        if isinstance(texts, str) or len(texts) == 0:
+        if isinstance(texts, str | Path) or len(texts) == 0:
             raise InputError("give a list of texts, one or more")
+        if self.task.has_images:
+            texts = [str(path) if isinstance(path, Path) else path for path in texts]
         rows = [tuple(row) if isinstance(row, tuple | list) else (row,) for row in texts]
         for number, row in enumerate(rows):
             if len(row) != len(wanted) or not all(isinstance(text, str) for text in row):
@@ -243,27 +245,27 @@ def _run(folder: Path, device: torch.device) -> FineTuned:
 
     length = run.config.data.max_length
     decided = at(Latents(guide.loc.detach(), *run.gates.map(lambda gate: gate.to(device))))
-    return FineTuned(folder, run.task, run.tokenizer, length, device, decided, draw)
+    return FineTuned(folder, run.task, run.processor, length, device, decided, draw)
 
 
 def _export(folder: Path, device: torch.device) -> FineTuned:
     manifest = read_manifest(folder)
     try:
         network = _network(folder, manifest).eval().to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        processor = load_processor(folder, manifest.task.problem)
     except InputError:
         raise
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError,
             RuntimeError) as error:  # fmt: skip
         raise InputError(f"{folder} is damaged ({one_line(error)}): export again") from error
     return FineTuned(
-        folder, manifest.task, tokenizer, manifest.max_length, device,
+        folder, manifest.task, processor, manifest.max_length, device,
         lambda batch: manifest.distribution(network(**batch).logits),
     )  # fmt: skip
 
 
 def _network(folder: Path, manifest: Manifest) -> nn.Module:
-    of_task = model_class(manifest.task.num_labels)
+    of_task = MODELS[manifest.task.problem]
     if manifest.form == "merged":
         return cast(nn.Module, of_task.from_pretrained(folder, trust_remote_code=False))
     if manifest.form == "packed":
@@ -287,6 +289,7 @@ def _network(folder: Path, manifest: Manifest) -> nn.Module:
 def _stock(folder: Path, manifest: Manifest) -> PreTrainedModel:
     """The backbone that an export was made from, which it has not in itself."""
     try:
-        return load_backbone(manifest.backbone, manifest.task.num_labels).model
+        task = manifest.task
+        return load_backbone(manifest.backbone, task.num_labels, task.problem).model
     except InputError as error:
         raise InputError(f"{folder} needs its backbone: {error}") from error

@@ -33,7 +33,7 @@ class Manifest(NamedTuple):
     backbone : str
         Name on the hub, or folder, of the pretrained model.
     task : Task
-        What texts and labels mean.
+        What texts or images and labels mean.
     max_length : int
         Tokens of an example at most.
     noise : float or None

@@ -96,10 +96,12 @@ def write_peft(
     scaling = next(iter(kept.values())).scaling  # alpha / R, the same for all
     odd = {path: layer.rank for path, layer in kept.items() if layer.rank != common}
     writes = model.get_output_embeddings() is not None
-    saved = [] if writes else modules_to_save(model)
+    saved = set() if writes else set(modules_to_save(model))
+    reads_text = model.main_input_name == "input_ids"
+    task_type = TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS if reads_text else None
     empty = [path for path in layers if path not in kept]
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS,
+        task_type=task_type,
         base_model_name_or_path=backbone,
         r=common,
         lora_alpha=scaling * common,  # type: ignore[arg-type]  # PEFT divides, it may be a fraction
@@ -107,7 +109,7 @@ def write_peft(
         exclude_modules="|".join(map(re.escape, empty)) or None,
         rank_pattern=odd,
         alpha_pattern={path: scaling * rank for path, rank in odd.items()},
-        modules_to_save=sorted(set(saved) - SAVED_BY_PEFT) or None,
+        modules_to_save=sorted(saved - SAVED_BY_PEFT if reads_text else saved) or None,
         lora_dropout=0.0,
         fan_in_fan_out=any(isinstance(layer.base, Conv1D) for layer in kept.values()),
     )

@@ -19,11 +19,11 @@ from bayes_lora.inference.draws import (
     log_probability,
     unbound,
 )
+from bayes_lora.inference.encoding import labels_of
 from bayes_lora.inference.history import History
 from bayes_lora.inference.predict import predict_draws
 from bayes_lora.inference.predictive import Prediction
 from bayes_lora.inference.tasks import Task
-from bayes_lora.inference.tokens import labels_of
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 

@@ -3,9 +3,9 @@
 One output row for every input row, in the same order, written as it goes: `line` (of the input,
 from 1), `label`, `probability`, and entropies in nats, what the data and what the posterior leave
 open (`predictive.py`); in regression `label` and variances, of a language model the log probability
-of the text. A row that cannot be read has an `error` instead. Only some rows are in memory at a
-time. Until all are finished they are in FILE.partial, where the same command goes on after it was
-stopped. Several processes share the rows
+of the text. A row that cannot be read has an `error` instead. Paths of images are relative to the
+input. Only some rows are in memory at a time. Until all are finished they are in FILE.partial,
+where the same command goes on after it was stopped. Several processes share the rows
 (`accelerate launch -m bayes_lora.inference.predict_file`), and the main one writes them all.
 """
 
@@ -27,6 +27,7 @@ from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.files import write_text
+from bayes_lora.inference.images import why_unreadable
 from bayes_lora.inference.loading import FineTuned, load
 from bayes_lora.inference.manifest import NAME as MANIFEST
 from bayes_lora.inference.quiet import quiet
@@ -34,8 +35,10 @@ from bayes_lora.inference.rows import SUFFIXES, Row, read_rows
 
 CHUNK = 256  # rows in memory at a time, and between two writes
 SHOWN = 20  # rows that could not be read
+_OF_CLASSES = ("label", "probability", "entropy", "entropy_data", "entropy_posterior")
 FIELDS = {
-    "classification": ("label", "probability", "entropy", "entropy_data", "entropy_posterior"),
+    "classification": _OF_CLASSES,
+    "image_classification": _OF_CLASSES,
     "regression": ("label", "variance", "variance_data", "variance_posterior"),
     "causal_lm": ("log_probability", "deviation_posterior", "tokens"),
 }
@@ -102,6 +105,9 @@ def predict_file(
     def watched(rows: Iterator[Row]) -> Iterator[Row]:
         nonlocal bad
         for row in rows:
+            if model.task.has_images and not row.error:
+                path = str(source.parent / row.texts[0])
+                row = Row(row.line, (path,), why_unreadable(path))
             if row.error:
                 bad += 1
                 first.append(row) if bad <= SHOWN else None

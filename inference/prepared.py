@@ -19,9 +19,9 @@ from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.batches import evaluation_batches, training_batches
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.data import load_task
+from bayes_lora.inference.encoding import collator, encode_dataset, labels_of
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.tasks import Task
-from bayes_lora.inference.tokens import collator, labels_of, tokenize
 from bayes_lora.models.likelihoods import Classification, LanguageModel, Regression
 
 
@@ -38,7 +38,7 @@ class Prepared:
     likelihood : PyroModule
         From the network's output to the distribution of a label.
     train, validation : Dataset
-        Tokenized.
+        Encoded.
     batches, validation_batches : DataLoader
         Of the one, shuffled; of the other, all examples.
     collate : function
@@ -68,7 +68,7 @@ class Prepared:
 
 
 def prepare(config: FinetuneConfig) -> Prepared:
-    """Load and tokenize the data, load the backbone, choose the likelihood.
+    """Load and encode the data, load the backbone, choose the likelihood.
 
     Raises
     ------
@@ -77,11 +77,11 @@ def prepare(config: FinetuneConfig) -> Prepared:
     """
     settings = config.training
     task, *parts = load_task(config.data, data_seed(settings))
-    backbone = load_backbone(config.network.backbone, task.num_labels)
+    backbone = load_backbone(config.network.backbone, task.num_labels, task.problem)
     train, validation = (
-        tokenize(part, task, backbone.tokenizer, config.data.max_length) for part in parts
+        encode_dataset(part, task, backbone.processor, config.data.max_length) for part in parts
     )
-    collate = collator(task, backbone.tokenizer)
+    collate = collator(task, backbone.processor)
     strategy = settings.train_sampling_strategy
     return Prepared(
         task,

@@ -12,6 +12,7 @@ from bayes_lora.inference.budget import TOLERANCE
 from bayes_lora.inference.bundle import write_bundle
 from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, write_decision
+from bayes_lora.inference.encoding import labels_of
 from bayes_lora.inference.files import write_figure, write_text
 from bayes_lora.inference.heat_maps import plot_rank_and_bits
 from bayes_lora.inference.history import History
@@ -20,7 +21,6 @@ from bayes_lora.inference.posterior import sample_posterior
 from bayes_lora.inference.predict import predict
 from bayes_lora.inference.prepared import Prepared
 from bayes_lora.inference.table import rank_and_bits_table
-from bayes_lora.inference.tokens import labels_of
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 

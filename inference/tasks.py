@@ -2,7 +2,7 @@
 
 Known tasks are eight of GLUE (Wang et al. 2018, arXiv 1804.07461) with the columns and label ids of
 the hub's `nyu-mll/glue`, the embedded `agreement`, and `causal_lm`, texts that are to be continued.
-What files of one's own mean is inferred.
+What files of one's own mean, and images in folders, is inferred.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference.images import why_unreadable
 
 Columns = dict[str, list[Any]]
 """Values of a table's rows by column, all lists of one length."""
+
+Problem = Literal["classification", "regression", "causal_lm", "image_classification"]
+"""What is predicted: the class of a text, a number, the text itself, or the class of an image."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,15 @@ class Task:
     name : str
         As in `DataConfig.task`, or ``custom``.
     text_columns : tuple of str
-        One column, or two for pairs of texts.
+        One column, or two for pairs of texts; of images, that of their paths.
     metrics : tuple of str
         Names in `bayes_lora.inference.metrics`, the headline first.
     label_names : tuple of str
         Name of every class in the order of its id; empty where there are no classes.
     label_column : str
         Column of the label; that of the text, where a language model predicts it.
+    problem : str
+        What is predicted.
 
     Examples
     --------
@@ -47,13 +54,7 @@ class Task:
     metrics: tuple[str, ...]
     label_names: tuple[str, ...] = ()
     label_column: str = "label"
-
-    @property
-    def problem(self) -> Literal["classification", "regression", "causal_lm"]:
-        """What is predicted: a class, a number, or the text itself, which then is the label."""
-        if self.label_column in self.text_columns:
-            return "causal_lm"
-        return "classification" if self.label_names else "regression"
+    problem: Problem = "classification"
 
     @property
     def is_regression(self) -> bool:
@@ -64,6 +65,11 @@ class Task:
     def is_language_model(self) -> bool:
         """Whether the label is the text itself."""
         return self.problem == "causal_lm"
+
+    @property
+    def has_images(self) -> bool:
+        """Whether what is read are images, and texts are their paths."""
+        return self.problem == "image_classification"
 
     @property
     def num_labels(self) -> int | None:
@@ -87,11 +93,11 @@ TASKS = {
         Task("sst2", ("sentence",), ("accuracy",), ("negative", "positive")),
         Task("mrpc", _PAIR, ("accuracy", "f1"), ("not_equivalent", "equivalent")),
         Task("qqp", ("question1", "question2"), ("accuracy", "f1"), ("not_duplicate", "duplicate")),
-        Task("stsb", _PAIR, ("pearson", "spearman")),
+        Task("stsb", _PAIR, ("pearson", "spearman"), problem="regression"),
         Task("mnli", ("premise", "hypothesis"), ("accuracy",), _NLI),
         Task("qnli", ("question", "sentence"), ("accuracy",), _ENTAILMENT),
         Task("rte", _PAIR, ("accuracy",), _ENTAILMENT),
-        Task("causal_lm", ("text",), ("perplexity",), label_column="text"),
+        Task("causal_lm", ("text",), ("perplexity",), (), "text", "causal_lm"),
     )
 }
 """The known tasks by name."""
@@ -144,7 +150,7 @@ def infer_task(
         has_floats = any(isinstance(label, float) for label in labels)
         problem = "regression" if has_floats else "classification"
     if problem == "regression":
-        return Task("custom", tuple(texts), ("pearson", "spearman"), (), label_column)
+        return Task("custom", tuple(texts), ("pearson", "spearman"), (), label_column, problem)
     try:
         names = tuple(str(label) for label in sorted(set(labels)))
     except TypeError as error:
@@ -173,7 +179,7 @@ def language_task(columns: Columns, text_columns: list[str] | None, origin: str)
             f"{origin} has {len(texts)} columns of text; name one as text_columns; its columns are "
             f"{', '.join(columns)}"
         )
-    return Task("causal_lm", tuple(texts), ("perplexity",), label_column=texts[0])
+    return Task("causal_lm", tuple(texts), ("perplexity",), (), texts[0], "causal_lm")
 
 
 def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
@@ -192,8 +198,8 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
     Raises
     ------
     InputError
-        If a column is missing, there are no rows, a text is no text, or a label is missing, is
-        none of the classes, or is no finite number in a regression.
+        If a column is missing, there are no rows, a text is no text, an image cannot be read, or
+        a label is missing, is none of the classes, or is no finite number in a regression.
 
     Examples
     --------
@@ -213,11 +219,16 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
                 raise InputError(f"{where} is {text!r}; give a text")
     if not columns[task.text_columns[0]]:
         raise InputError(f"{origin} has no examples; give at least one")
+    if task.has_images:
+        paths = tqdm(columns[task.text_columns[0]], desc="images", unit="image", disable=None)
+        for row, path in enumerate(paths, start=1):
+            if wrong := why_unreadable(path):
+                raise InputError(f"{origin}, row {row}: {wrong}; replace it, or leave it out")
     texts = {name: columns[name] for name in task.text_columns}
     if task.is_language_model:
         return Dataset.from_dict(texts)
-    # Files of known tasks hold ids, custom ones names.
-    names = task.label_names if task.name == "custom" else map(str, range(task.num_labels or 0))
+    # Files of known tasks hold ids, others names.
+    names = map(str, range(task.num_labels or 0)) if task.name in TASKS else task.label_names
     ids = {name: i for i, name in enumerate(names)}
     labels: list[float] = []
     for row, label in enumerate(columns[task.label_column], start=1):

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.assemble import assemble, configured_priors
@@ -26,12 +25,12 @@ from bayes_lora.inference.batches import evaluation_batches
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.data import load_task
 from bayes_lora.inference.decision import read_decision
+from bayes_lora.inference.encoding import Processor, collator, encode_dataset, labels_of
 from bayes_lora.inference.files import restarts, write_text
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.prepared import likelihood_for
 from bayes_lora.inference.state import fill
 from bayes_lora.inference.tasks import Task
-from bayes_lora.inference.tokens import collator, labels_of, tokenize
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 
@@ -49,8 +48,8 @@ class Trained:
     config : FinetuneConfig
         As it was trained.
     task : Task
-        What texts and labels mean.
-    tokenizer : PreTrainedTokenizerBase
+        What texts or images and labels mean.
+    processor : PreTrainedTokenizerBase or BaseImageProcessor
         Of the backbone.
     model, guide : BayesianLoRA, GateGuide
         The trained pair, on the CPU, without dropout.
@@ -61,7 +60,7 @@ class Trained:
     folder: Path
     config: FinetuneConfig
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     model: BayesianLoRA
     guide: GateGuide
     gates: Gates
@@ -92,7 +91,7 @@ def read_run(folder: Path, decide: bool = False) -> Trained:
         )
     config = parse(["--config", str(folder / "config.yaml"), "--output_dir", str(folder)])
     task, num_examples = read_task(folder / "task.json")
-    backbone = load_backbone(config.network.backbone, task.num_labels)
+    backbone = load_backbone(config.network.backbone, task.num_labels, task.problem)
     with pyro.settings.context(module_local_params=True):
         model, guide = assemble(
             config, backbone, likelihood_for(task), configured_priors(config), num_examples
@@ -106,7 +105,7 @@ def read_run(folder: Path, decide: bool = False) -> Trained:
             raise InputError(f"{error}: `bayes-lora decide {folder}` writes it anew") from error
         print(f"bayes-lora: {error}: it is written anew", file=sys.stderr)
         gates = guide.decision()
-    return Trained(folder, config, task, backbone.tokenizer, model.eval(), guide, gates)
+    return Trained(folder, config, task, backbone.processor, model.eval(), guide, gates)
 
 
 class Validation(NamedTuple):
@@ -125,9 +124,9 @@ def validation(run: Trained) -> Validation:
         If the data are no longer there.
     """
     _, _, examples = load_task(run.config.data, data_seed(run.config.training))
-    tokens = tokenize(examples, run.task, run.tokenizer, run.config.data.max_length)
-    loader = evaluation_batches(tokens, collator(run.task, run.tokenizer))
-    return Validation(loader, labels_of(tokens))
+    encoded = encode_dataset(examples, run.task, run.processor, run.config.data.max_length)
+    loader = evaluation_batches(encoded, collator(run.task, run.processor))
+    return Validation(loader, labels_of(encoded))
 
 
 def validation_if_there(run: Trained) -> Validation | None:

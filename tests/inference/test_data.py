@@ -6,8 +6,8 @@ from transformers import DataCollatorWithPadding, HfArgumentParser
 from bayes_lora.errors import InputError
 from bayes_lora.inference.agreement import generate
 from bayes_lora.inference.data import DataConfig, load_task
+from bayes_lora.inference.encoding import encode_dataset
 from bayes_lora.inference.tasks import TASKS
-from bayes_lora.inference.tokens import tokenize
 
 
 def rows(*labels, text="a b"):
@@ -100,7 +100,7 @@ def test_named_columns_of_a_custom_pair(custom):
 
 def test_tokens_of_one_text(custom, tokenizer):
     task, train, _ = load_task(custom(rows("x", "y", text="a b")), seed=0)
-    tokens = tokenize(train, task, tokenizer, max_length=8)
+    tokens = encode_dataset(train, task, tokenizer, max_length=8)
     assert tokens.column_names == ["input_ids", "attention_mask", "labels"]
     assert tokens[1] == {"input_ids": [1, 4, 5, 2], "attention_mask": [1] * 4, "labels": 1}
     assert str(tokens.features["labels"].dtype) == "int64"
@@ -110,7 +110,7 @@ def test_tokens_of_a_pair_keep_order_and_are_cut(custom, tokenizer):
     examples = [{"z": "a " * 9, "q": "b", "label": y} for y in (0.5, 2.25)]
     config = custom(examples, text_columns=["z", "q"])
     task, train, _ = load_task(config, seed=0)
-    tokens = tokenize(train, task, tokenizer, max_length=8)
+    tokens = encode_dataset(train, task, tokenizer, max_length=8)
     assert tokens[0]["input_ids"] == [1, 4, 4, 4, 4, 2, 5, 2]
     assert str(tokens.features["labels"].dtype) == "float32"
     assert tokens["labels"][:] == [0.5, 2.25]
@@ -119,13 +119,13 @@ def test_tokens_of_a_pair_keep_order_and_are_cut(custom, tokenizer):
 def test_the_label_column_may_be_called_labels(custom, tokenizer):
     examples = [{"text": "a", "labels": y} for y in ("n", "y")]
     task, train, _ = load_task(custom(examples, label_column="labels"), seed=0)
-    assert tokenize(train, task, tokenizer, 8)["labels"][:] == [0, 1]
+    assert encode_dataset(train, task, tokenizer, 8)["labels"][:] == [0, 1]
 
 
 def test_tokens_are_what_the_collator_takes(custom, tokenizer):
     examples = [{"text": "a", "label": 0.5}, {"text": "a b c", "label": 2.5}]
     task, train, _ = load_task(custom(examples), seed=0)
-    batch = DataCollatorWithPadding(tokenizer)(list(tokenize(train, task, tokenizer, 8)))
+    batch = DataCollatorWithPadding(tokenizer)(list(encode_dataset(train, task, tokenizer, 8)))
     assert batch["input_ids"].tolist() == [[1, 4, 2, 0, 0], [1, 4, 5, 6, 2]]
     assert batch["labels"].tolist() == [0.5, 2.5]
     assert batch["labels"].is_floating_point()
@@ -134,7 +134,7 @@ def test_tokens_are_what_the_collator_takes(custom, tokenizer):
 def test_more_tokens_than_the_backbone_reads(custom, tokenizer):
     task, train, _ = load_task(custom(rows(0, 1)), seed=0)
     with pytest.raises(InputError, match="max_length is 17; this backbone reads 16 at most"):
-        tokenize(train, task, tokenizer, max_length=17)
+        encode_dataset(train, task, tokenizer, max_length=17)
 
 
 def test_a_column_that_is_not_used_may_hold_anything(custom):
@@ -147,4 +147,4 @@ def test_a_column_that_is_not_used_may_hold_anything(custom):
 def test_a_tokenizer_that_knows_no_word_is_refused(custom, tokenizer):
     task, train, _ = load_task(custom(rows("x", "y", text="word less")), seed=0)
     with pytest.raises(InputError, match=r"knows 0 of 4 tokens of custom"):
-        tokenize(train, task, tokenizer, max_length=8)
+        encode_dataset(train, task, tokenizer, max_length=8)

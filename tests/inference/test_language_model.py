@@ -15,8 +15,8 @@ from bayes_lora.inference.bundle import read_bundle
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.config import DataConfig
 from bayes_lora.inference.data import load_task
+from bayes_lora.inference.encoding import encode, encode_dataset
 from bayes_lora.inference.tasks import TASKS
-from bayes_lora.inference.tokens import encode, tokenize
 
 LENGTH = 8  # tokens, so that most texts are of several pieces
 
@@ -204,11 +204,11 @@ def test_texts_without_a_token_to_predict_are_left_out_or_refused(tokenizer, tmp
     config = DataConfig(task="causal_lm", train_file=str(path), validation_file=str(path))
     found, train, _ = load_task(config, seed=0)
     assert (found, train["text"][:]) == (task, ["a b", "c", "d e f"])
-    assert [len(ids) for ids in tokenize(train, task, bare, 8)["labels"]] == [2, 3]
+    assert [len(ids) for ids in encode_dataset(train, task, bare, 8)["labels"]] == [2, 3]
     path.write_text("a\nb\n")
     train = load_task(config, seed=0)[1]
     with pytest.raises(InputError, match="no text of causal_lm has two tokens"):
-        tokenize(train, task, bare, 8)
+        encode_dataset(train, task, bare, 8)
 
 
 def test_a_model_that_looks_ahead_is_refused(inputs, backbone, tmp_path):

@@ -1,38 +1,46 @@
-"""Tokens: from checked texts and labels to what a transformer reads, and batches of it.
+"""Encoding: from checked texts or images and labels to what a transformer reads, in batches.
 
 A language model's label is the text itself. One that is longer than `max_length` is read as several
 pieces, each an example of its own, so that nothing of a corpus is lost; one without two tokens is
-left out. Of other tasks, what is longer is cut off.
+left out. Of other tasks, what is longer is cut off. Of images the paths are kept, and a batch of
+them is read when it is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
+    BaseImageProcessor,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
 )
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference.images import PATHS, pixels
 from bayes_lora.inference.tasks import Columns, Task
 from bayes_lora.next_tokens import IGNORED
 
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
+"""What reads texts or images for a backbone."""
+
 
 class Pieces(NamedTuple):
-    """Texts, tokenized.
+    """Texts, tokenized, or paths of images.
 
     Attributes
     ----------
     columns : dict of str to list
-        What the tokenizer gives and, of a language model, `labels`.
+        What the tokenizer gives and, of a language model, `labels`; of images, `image`.
     text : list of int
         Index of the text that every row is of; of a language model not all have one.
     """
@@ -41,10 +49,8 @@ class Pieces(NamedTuple):
     text: list[int]
 
 
-def encode(
-    texts: Columns, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Pieces:
-    """Tokenize texts; parameters are those of `tokenize`, padding is left to the collator.
+def encode(texts: Columns, task: Task, processor: Processor, max_length: int) -> Pieces:
+    """Encode texts; parameters are those of `encode_dataset`, padding is left to the collator.
 
     Examples
     --------
@@ -56,9 +62,11 @@ def encode(
     [0, 1, 1]
     """
     columns = [texts[column] for column in task.text_columns]
-    cut = task.is_language_model and tokenizer.is_fast  # others of transformers cannot
+    if isinstance(processor, BaseImageProcessor):
+        return Pieces({PATHS: columns[0]}, list(range(len(columns[0]))))
+    cut = task.is_language_model and processor.is_fast  # others of transformers cannot
     found = dict(
-        tokenizer(*columns, truncation=True, max_length=max_length, return_overflowing_tokens=cut)
+        processor(*columns, truncation=True, max_length=max_length, return_overflowing_tokens=cut)
     )
     place = found.pop("overflow_to_sample_mapping", list(range(len(columns[0]))))
     if task.is_language_model:
@@ -69,9 +77,7 @@ def encode(
     return Pieces(found, place)
 
 
-def tokenize(
-    dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Dataset:
+def encode_dataset(dataset: Dataset, task: Task, processor: Processor, max_length: int) -> Dataset:
     """Turn the texts into what a transformer reads; padding is left to the collator.
 
     Parameters
@@ -80,7 +86,7 @@ def tokenize(
         As from `load_task`.
     task : Task
         Says which columns are the text; two make one input, with a separator.
-    tokenizer : PreTrainedTokenizerBase
+    processor : PreTrainedTokenizerBase or BaseImageProcessor
         The backbone's.
     max_length : int
         In tokens, the special ones included; of a pair, the longer text is cut first.
@@ -88,7 +94,8 @@ def tokenize(
     Returns
     -------
     Dataset
-        The tokenizer's columns, and ``labels``: class ids as int64, float32, or the tokens.
+        The tokenizer's columns, or `image`, the paths; and ``labels``: class ids as int64, float32,
+        or the tokens.
 
     Raises
     ------
@@ -104,15 +111,33 @@ def tokenize(
     >>> from bayes_lora.inference.data import DataConfig, load_task
     >>> tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     >>> task, train, _ = load_task(DataConfig(max_train_examples=10), seed=0)
-    >>> tokenize(train, task, tokenizer, max_length=32).column_names
+    >>> encode_dataset(train, task, tokenizer, max_length=32).column_names
     ['input_ids', 'token_type_ids', 'attention_mask', 'labels']
     """
+    if isinstance(processor, PreTrainedTokenizerBase):
+        _check_texts(dataset, task, processor, max_length)
+    found = dataset.map(
+        lambda batch: encode(batch, task, processor, max_length).columns,
+        batched=True,
+        remove_columns=dataset.column_names,
+    )
+    if not task.is_language_model:
+        kind = np.float32 if task.is_regression else np.int64
+        return found.add_column("labels", np.array(dataset[task.label_column][:], dtype=kind))
+    if not len(found):
+        raise InputError(f"no text of {task.name} has two tokens, of which one is predicted")
+    return found
+
+
+def _check_texts(
+    dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    """Refuse texts that are longer than can be read, or of unknown words."""
     if max_length > (most := tokenizer.model_max_length):
         raise InputError(
             f"max_length is {max_length}; this backbone reads {most} at most: "
             f"give --max_length {most}"
         )
-
     sample = tokenizer(dataset[task.text_columns[0]][:100], add_special_tokens=False)
     ids = [i for example in sample["input_ids"] for i in example]
     known = sum(i != tokenizer.unk_token_id for i in ids)
@@ -121,37 +146,33 @@ def tokenize(
             f"the tokenizer of the backbone knows {known} of {len(ids)} tokens of {task.name}: "
             "does its folder hold the tokenizer's files, and is this its language?"
         )
-    tokens = dataset.map(
-        lambda batch: encode(batch, task, tokenizer, max_length).columns,
-        batched=True,
-        remove_columns=dataset.column_names,
-    )
-    if not task.is_language_model:
-        kind = np.float32 if task.is_regression else np.int64
-        return tokens.add_column("labels", np.array(dataset[task.label_column][:], dtype=kind))
-    if not len(tokens):
-        raise InputError(f"no text of {task.name} has two tokens, of which one is predicted")
-    return tokens
 
 
-def labels_of(tokens: Dataset) -> NDArray[np.number]:
-    """Labels of tokenized examples, shape (examples,); of texts, how many tokens are predicted.
+def labels_of(data: Dataset) -> NDArray[np.number]:
+    """Labels of encoded examples, shape (examples,); of texts, how many tokens are predicted.
 
     Examples
     --------
     >>> labels_of(Dataset.from_dict({"labels": [[5, 6, 7], [5, 6]]}))
     array([2, 1])
     """
-    labels = tokens["labels"][:]
+    labels = data["labels"][:]
     if labels and isinstance(labels[0], list):
         return np.array([sum(token != IGNORED for token in text[1:]) for text in labels])
     return np.array(labels)
 
 
-def collator(
-    task: Task, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[list[Any]], dict[str, Tensor]]:
-    """What makes a batch of tokenized examples, padded to the longest of them."""
+def collator(task: Task, processor: Processor) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """What makes a batch of encoded examples: texts padded to the longest of them, images read."""
+    if isinstance(processor, BaseImageProcessor):
+        return partial(_images, processor)
     if task.is_language_model:
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    return DataCollatorWithPadding(tokenizer)
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(processor)
+
+
+def _images(processor: BaseImageProcessor, examples: list[Any]) -> dict[str, Tensor]:
+    batch = {"pixel_values": pixels([example[PATHS] for example in examples], processor)}
+    if "labels" in examples[0]:
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    return batch
