@@ -263,11 +263,12 @@ class AdaptedNetwork(nn.Module):
             Tokens of every batch, padding left out, that the ranges are fitted to.
         """
         samples: list[list[Tensor]] = [[] for _ in self._layers]
-        no_padding: Tensor | None = None
+        no_padding: dict[int, Tensor] = {}  # by the number of tokens, of encoder and decoder
+        names = ("decoder_attention_mask", "attention_mask")
 
         def record(index: int, x: Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
-            tokens = torch.arange(len(rows)) if no_padding is None else no_padding % len(rows)
+            tokens = no_padding.get(len(rows), torch.arange(len(rows)))
             spread = torch.linspace(0, len(tokens) - 1, min(tokens_per_batch, len(tokens)))
             chosen = tokens[spread.long().to(tokens.device)]
             samples[index].append(rows[chosen.to(rows.device)].float())
@@ -278,8 +279,8 @@ class AdaptedNetwork(nn.Module):
         ]
         try:
             for batch in batches:
-                mask = batch.get("attention_mask")
-                no_padding = None if mask is None else mask.flatten().nonzero().flatten()
+                masks = [batch[name] for name in names if name in batch]
+                no_padding = {m.numel(): m.flatten().nonzero().flatten() for m in masks}
                 self(batch, Latents(adapter_weights))
         finally:
             for handle in handles:

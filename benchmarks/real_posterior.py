@@ -62,8 +62,8 @@ def load(run: Path) -> tuple[BayesianLoRA, GateGuide, DataLoader, DataLoader]:
     """Model and guide of a finished run; its training set, in order, and as it is refined on."""
     found = read_run(run)
     _, train, _ = load_task(found.config.data, data_seed(found.config.training))
-    tokens = encode_dataset(train, found.task, found.tokenizer, found.config.data.max_length)
-    collate = transformers.DataCollatorWithPadding(found.tokenizer)
+    tokens = encode_dataset(train, found.task, found.processor, found.config.data.max_length)
+    collate = transformers.DataCollatorWithPadding(found.processor)
     settings = found.config.training
     batches = fixed_batches(tokens, collate, settings.batch_size, settings.seed)
     return found.model, found.guide, DataLoader(tokens, 64, collate_fn=collate), batches

@@ -14,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BaseImageProcessor,
@@ -87,6 +88,7 @@ MODELS: dict[Problem, type[Any]] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "causal_lm": AutoModelForCausalLM,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
     "image_classification": AutoModelForImageClassification,
 }
 """What of transformers loads a model, by `Task.problem`."""
@@ -106,7 +108,7 @@ def load_processor(name: str | Path, problem: Problem) -> Processor:
 def load_backbone(
     name: str | None, num_labels: int | None, problem: Problem = "classification"
 ) -> Backbone:
-    """Load a classifier, or a causal language model, and its tokenizer or image processor.
+    """Load a classifier, or a language model, and its tokenizer or image processor.
 
     Parameters
     ----------
@@ -160,11 +162,10 @@ def load_backbone(
         )
     if bad := not_finite(dict(model.named_parameters())):
         raise InputError(f"{name} is damaged: {bad} is not finite")
-    if problem == "causal_lm" and (new or _looks_ahead(model.eval())):
-        raise InputError(
-            f"{name} is no causal language model: "
-            + (f"its {new[0]} is not pretrained" if new else "it looks at the tokens to predict")
-        )
+    if num_labels is None and new:
+        raise InputError(f"{name} is no language model: its {new[0]} is not pretrained")
+    if problem == "causal_lm" and _looks_ahead(model.eval()):
+        raise InputError(f"{name} is no causal language model: it looks at the tokens to predict")
     if isinstance(processor, BaseImageProcessor):
         _reads_images(name, model.eval(), processor)
     else:

@@ -54,7 +54,10 @@ KEPT = {
     "packed": "This folder has all of it.",
 }
 
-PIPELINES = {"causal_lm": "text-generation", "image_classification": "image-classification"}
+PIPELINES = {
+    "causal_lm": "text-generation", "seq2seq_lm": "text2text-generation",
+    "image_classification": "image-classification",
+}  # fmt: skip
 """What the hub calls a task, by `Task.problem`; all others are text-classification."""
 
 ROWS = {
@@ -119,7 +122,7 @@ def _use(manifest: Manifest, source: str, pad_token_id: int | None) -> str:
     task = manifest.task
     if manifest.form == "packed":
         one = '"image.png"' if task.has_images else '"A text."'
-        pair = len(task.text_columns) == 2
+        pair = len(task.given_columns) == 2
         return LOAD.format(example='("One text.", "Another.")' if pair else one)
     of_task = MODELS[task.problem].__name__
     if manifest.form == "merged":

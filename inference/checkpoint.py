@@ -31,7 +31,6 @@ from torch import Tensor
 from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
 from bayes_lora.inference.config import FinetuneConfig
-from bayes_lora.inference.encoding import labels_of
 from bayes_lora.inference.images import PATHS
 from bayes_lora.models.priors import Priors
 
@@ -166,13 +165,19 @@ def identity(config: FinetuneConfig, priors: Priors, data: Dataset) -> Run:
 
 
 def _digest_of(data: Dataset) -> str:
-    labels = np.ascontiguousarray(labels_of(data)).tobytes()
     if PATHS in data.column_names:
-        files = [(path, os.path.getsize(path)) for path in data[PATHS]]
-        return _digest(json.dumps(files).encode(), labels)
-    tokens = np.fromiter(chain.from_iterable(data["input_ids"]), dtype=np.int64)
-    lengths = np.fromiter(map(len, data["input_ids"]), dtype=np.int64)
-    return _digest(tokens.tobytes(), lengths.tobytes(), labels)
+        read = json.dumps([(path, os.path.getsize(path)) for path in data[PATHS]]).encode()
+    else:
+        read = _bytes_of(data["input_ids"][:])
+    return _digest(read, _bytes_of(data["labels"][:]))
+
+
+def _bytes_of(values: list[Any]) -> bytes:
+    """Numbers, or lists of tokens and their lengths."""
+    if values and isinstance(values[0], list):
+        tokens = np.fromiter(chain.from_iterable(values), dtype=np.int64)
+        return tokens.tobytes() + np.array([len(text) for text in values]).tobytes()
+    return np.array(values).tobytes()
 
 
 def _write(folder: Path, checkpoint: Checkpoint, run: Run) -> None:

@@ -26,6 +26,9 @@ from bayes_lora.inference.tasks import (
     language_task,
 )
 
+OWN = ("causal_lm", "seq2seq_lm", "image_classification")
+"""Tasks of which the user has the examples."""
+
 NUM_TRAIN, NUM_VALIDATION = 3000, 1000
 """Examples of the embedded task; the same in every run, as those of GLUE are."""
 
@@ -43,8 +46,9 @@ class DataConfig:
     task: str = field(
         default="agreement",
         metadata={
-            "help": "agreement (embedded), causal_lm (texts of your own), image_classification "
-            "(images of your own), or cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte of GLUE"
+            "help": "agreement (embedded), causal_lm (texts of your own), seq2seq_lm (pairs of "
+            "them), image_classification (images of your own), or cola, sst2, mrpc, qqp, stsb, "
+            "mnli, qnli, rte of GLUE"
         },
     )
     data_dir: str | None = field(
@@ -135,7 +139,8 @@ def load_task(config: DataConfig, seed: int) -> tuple[Task, Dataset, Dataset]:
         if config.task == "causal_lm":
             task = language_task(columns[0], config.text_columns, config.train_file)
         else:
-            options = (config.text_columns, config.label_column, config.problem)
+            problem = "seq2seq_lm" if config.task == "seq2seq_lm" else config.problem
+            options = (config.text_columns, config.label_column, problem)
             task = infer_task(columns[0], *options, origin=config.train_file)
     else:
         task = TASKS[config.task]
@@ -196,8 +201,7 @@ def _check(config: DataConfig) -> None:
     if bool(config.train_file) != bool(config.validation_file):
         raise InputError("train_file and validation_file go together; give both, or neither")
     if config.train_file:
-        own = ("agreement", "custom", "causal_lm", "image_classification")
-        if config.data_dir or config.task not in own:
+        if config.data_dir or config.task not in ("agreement", "custom", *OWN):
             raise InputError("train_file excludes data_dir and a named task; leave these out")
         texts = config.text_columns or ["one"]
         if config.task == "causal_lm" and (
@@ -209,19 +213,20 @@ def _check(config: DataConfig) -> None:
             )
         if len(texts) > 2 or config.label_column in texts:
             raise InputError("text_columns must be one or two, without label_column")
-        if config.task == "image_classification" and (config.problem or len(texts) > 1):
+        if config.task in OWN and (config.problem or len(texts) > 1):
             raise InputError(
-                "image_classification has classes, and one column of paths: leave out problem, and "
-                "name one of text_columns at most"
+                f"{config.task} has one column besides the label: leave out problem, and name one "
+                "of text_columns at most"
             )
     elif config.task not in (*TASKS, "image_classification"):
         raise InputError(
             f"unknown task {config.task!r}; there are {', '.join(TASKS)}, image_classification, or "
             "give train_file and validation_file of your own"
         )
-    elif config.task == "causal_lm" and not config.data_dir:
-        raise InputError("causal_lm needs texts of your own: give train_file and validation_file")
-    elif config.task == "image_classification" and not config.data_dir:
-        raise InputError("image_classification needs images of your own: give data_dir")
+    elif config.task in OWN and not config.data_dir:
+        raise InputError(
+            f"{config.task} needs examples of your own: give data_dir, or train_file and "
+            "validation_file"
+        )
     elif config.text_columns or config.problem or config.label_column != "label":
         raise InputError("text_columns, label_column and problem are for train_file; add that")

@@ -1,9 +1,9 @@
 """Encoding: from checked texts or images and labels to what a transformer reads, in batches.
 
-A language model's label is the text itself. One that is longer than `max_length` is read as several
-pieces, each an example of its own, so that nothing of a corpus is lost; one without two tokens is
-left out. Of other tasks, what is longer is cut off. Of images the paths are kept, and a batch of
-them is read when it is made.
+A causal language model's label is the text itself. One that is longer than `max_length` is read as
+several pieces, each an example of its own, so that nothing of a corpus is lost; one without two
+tokens is left out. Of other tasks, what is longer is cut off. Of images the paths are kept, and a
+batch of them is read when it is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BaseImageProcessor,
     DataCollatorForSeq2Seq,
@@ -62,16 +62,18 @@ def encode(texts: Columns, task: Task, processor: Processor, max_length: int) ->
     [0, 1, 1]
     """
     columns = [texts[column] for column in task.text_columns]
+    cut = {"truncation": True, "max_length": max_length}
     if isinstance(processor, BaseImageProcessor):
         return Pieces({PATHS: columns[0]}, list(range(len(columns[0]))))
-    cut = task.is_language_model and processor.is_fast  # others of transformers cannot
-    found = dict(
-        processor(*columns, truncation=True, max_length=max_length, return_overflowing_tokens=cut)
-    )
+    pieces = task.problem == "causal_lm" and processor.is_fast  # others of transformers cannot
+    found = dict(processor(*columns, return_overflowing_tokens=pieces, **cut))
     place = found.pop("overflow_to_sample_mapping", list(range(len(columns[0]))))
+    if task.problem == "causal_lm":  # which does not predict the first token
+        found["labels"] = [[IGNORED, *ids[1:]][: len(ids)] for ids in found["input_ids"]]
+    if task.problem == "seq2seq_lm":
+        found["labels"] = processor(text_target=texts[task.label_column], **cut)["input_ids"]
     if task.is_language_model:
-        found["labels"] = found["input_ids"]
-        used = [len(ids) > 1 for ids in found["input_ids"]]  # the first token is not predicted
+        used = [any(token != IGNORED for token in text) for text in found["labels"]]
         found = {name: list(compress(values, used)) for name, values in found.items()}
         place = list(compress(place, used))
     return Pieces(found, place)
@@ -153,22 +155,33 @@ def labels_of(data: Dataset) -> NDArray[np.number]:
 
     Examples
     --------
-    >>> labels_of(Dataset.from_dict({"labels": [[5, 6, 7], [5, 6]]}))
+    >>> labels_of(Dataset.from_dict({"labels": [[-100, 6, 7], [-100, 6]]}))
     array([2, 1])
     """
     labels = data["labels"][:]
     if labels and isinstance(labels[0], list):
-        return np.array([sum(token != IGNORED for token in text[1:]) for text in labels])
+        return np.array([sum(token != IGNORED for token in text) for text in labels])
     return np.array(labels)
 
 
-def collator(task: Task, processor: Processor) -> Callable[[list[Any]], dict[str, Tensor]]:
-    """What makes a batch of encoded examples: texts padded to the longest of them, images read."""
+def collator(
+    task: Task, processor: Processor, model: nn.Module | None = None
+) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """What makes a batch of encoded examples: texts padded to the longest of them, images read.
+
+    The decoder of `model` says where a text begins that it is to write.
+    """
     if isinstance(processor, BaseImageProcessor):
         return partial(_images, processor)
-    if task.is_language_model:
-        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
-    return DataCollatorWithPadding(processor)
+    if not task.is_language_model:
+        return DataCollatorWithPadding(processor)
+    collate = DataCollatorForSeq2Seq(processor, model=model, label_pad_token_id=IGNORED)
+    return partial(_pairs, collate) if task.problem == "seq2seq_lm" else collate
+
+
+def _pairs(collate: DataCollatorForSeq2Seq, examples: list[Any]) -> dict[str, Tensor]:
+    batch: dict[str, Tensor] = collate(examples)
+    return {**batch, "decoder_attention_mask": (batch["labels"] != IGNORED).long()}
 
 
 def _images(processor: BaseImageProcessor, examples: list[Any]) -> dict[str, Tensor]:

@@ -134,10 +134,10 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
         with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as made:
             partial = Path(made) / folder.name
             partial.mkdir()
-            before = None if data is None else _logits(model, data)
+            before = None if data is None else _logits(model, data, run.task.ahead)
             exported = FORMATS[form](model, manifest, partial).eval()
             if data is not None and before is not None:
-                change = (_logits(exported, data) - before).abs().max()
+                change = (_logits(exported, data, run.task.ahead) - before).abs().max()
                 metrics["largest_logit_change"] = float(change)
                 metrics |= _measured(exported, manifest, data)
             if form == "merged":
@@ -153,15 +153,16 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, data: Validation) -> Tensor:
+def _logits(model: nn.Module, data: Validation, ahead: int) -> Tensor:
     """All of a classifier; of a language model, those of the tokens that are there."""
     found = []
     for batch in data.loader:
         labels = batch.pop("labels")
         logits = model(**batch).logits
         if labels.ndim == 2:
-            place = labels[:, 1:, None]
-            logits = logits[:, :-1].gather(-1, place.clamp(min=0))[place != IGNORED]
+            place = labels[:, ahead:, None]
+            of_these = logits[:, : place.shape[1]]
+            logits = of_these.gather(-1, place.clamp(min=0))[place != IGNORED]
         found.append(logits)
     return torch.cat(found)
 

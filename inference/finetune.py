@@ -19,7 +19,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import cast
+from typing import cast, get_args
 
 import pyro
 import torch
@@ -125,9 +125,9 @@ def _restart(config: FinetuneConfig, priors: Priors) -> None:
 def prior_predictive(config: FinetuneConfig) -> str:
     """What the prior implies for rank, bits and bit operations, as text; nothing is trained."""
     problem: Problem = "classification"
-    if config.data.task in ("causal_lm", "image_classification"):
+    if config.data.task in get_args(Problem):
         problem = cast(Problem, config.data.task)
-    num_labels = None if problem == "causal_lm" else 2
+    num_labels = None if problem in ("causal_lm", "seq2seq_lm") else 2
     backbone = load_backbone(config.network.backbone, num_labels, problem)
     priors = configured_priors(config)
     model, _ = assemble(config, backbone, Classification(), priors, num_examples=1)

@@ -62,6 +62,8 @@ class FineTuned:
         Tokens of an example at most.
     device : torch.device
         Where it computes.
+    collate : function
+        From a list of encoded examples to a batch.
     decided : function
         Distribution of the labels of a batch at the decision.
     draw : function or None
@@ -74,6 +76,7 @@ class FineTuned:
     processor: Processor
     max_length: int
     device: torch.device
+    collate: Callable[[list[Any]], dict[str, Tensor]]
     decided: Labels
     draw: Callable[[int, int], list[Labels]] | None = None
 
@@ -86,7 +89,7 @@ class FineTuned:
         ----------
         texts : sequence of str, or of pairs of str
             As many as wanted; they are all in memory at once. Of images the paths, which may be
-            Path objects.
+            Path objects; of `seq2seq_lm` pairs of what is read and what is written.
         draws : int
             Draws of the posterior to average over; 0 for the decision.
         seed : int
@@ -112,13 +115,13 @@ class FineTuned:
             raise InputError("draws must be at least 0, and seed from 0 to 4294967295")
         if draws and self.draw is None:
             raise InputError(f"{self.folder} is an export without a posterior: no draws")
-        named = dict(zip(self.task.text_columns, columns, strict=True))
+        named = dict(zip(self.task.given_columns, columns, strict=True))
         pieces = encode(named, self.task, self.processor, self.max_length)
         if not pieces.text:
             zeros = np.zeros(len(columns[0]))
             return TextProbabilities(zeros[None]).described(()) | {"tokens": zeros.astype(int)}
         data = Dataset.from_dict(pieces.columns)
-        loader = evaluation_batches(data, collator(self.task, self.processor))
+        loader = evaluation_batches(data, self.collate)
         with torch.random.fork_rng():  # the caller's random state stays as it is
             each = self.draw(draws, seed) if draws and self.draw else [self.decided]
             found = stacked([predictions(labels, loader, self.device) for labels in each])
@@ -130,7 +133,7 @@ class FineTuned:
 
     def _columns(self, texts: Sequence[str | Path | tuple[str, str]]) -> list[list[str]]:
         """The texts by column, checked."""
-        wanted = self.task.text_columns
+        wanted = self.task.given_columns
         if isinstance(texts, str | Path) or len(texts) == 0:
             raise InputError("give a list of texts, one or more")
         if self.task.has_images:
@@ -245,7 +248,8 @@ def _run(folder: Path, device: torch.device) -> FineTuned:
 
     length = run.config.data.max_length
     decided = at(Latents(guide.loc.detach(), *run.gates.map(lambda gate: gate.to(device))))
-    return FineTuned(folder, run.task, run.processor, length, device, decided, draw)
+    collate = collator(run.task, run.processor, model.network.backbone)
+    return FineTuned(folder, run.task, run.processor, length, device, collate, decided, draw)
 
 
 def _export(folder: Path, device: torch.device) -> FineTuned:
@@ -260,6 +264,7 @@ def _export(folder: Path, device: torch.device) -> FineTuned:
         raise InputError(f"{folder} is damaged ({one_line(error)}): export again") from error
     return FineTuned(
         folder, manifest.task, processor, manifest.max_length, device,
+        collator(manifest.task, processor, network),
         lambda batch: manifest.distribution(network(**batch).logits),
     )  # fmt: skip
 

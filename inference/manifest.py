@@ -55,7 +55,7 @@ class Manifest(NamedTuple):
     def distribution(self, logits: Tensor) -> TorchDistribution:
         """Distribution of the labels given the network's output, as that of the likelihoods."""
         if self.task.is_language_model:
-            return NextTokens(logits.float())
+            return NextTokens(logits.float(), self.task.ahead)
         if self.noise is None:
             return Categorical(logits=logits.float())
         return Normal(logits.float().squeeze(-1), self.noise)

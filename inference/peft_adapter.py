@@ -98,7 +98,10 @@ def write_peft(
     writes = model.get_output_embeddings() is not None
     saved = set() if writes else set(modules_to_save(model))
     reads_text = model.main_input_name == "input_ids"
-    task_type = TaskType.CAUSAL_LM if writes else TaskType.SEQ_CLS if reads_text else None
+    task_type = TaskType.SEQ_CLS if reads_text else None
+    if writes:
+        behind_encoder = model.config.is_encoder_decoder
+        task_type = TaskType.SEQ_2_SEQ_LM if behind_encoder else TaskType.CAUSAL_LM
     empty = [path for path in layers if path not in kept]
     config = LoraConfig(
         task_type=task_type,

@@ -36,11 +36,13 @@ from bayes_lora.inference.rows import SUFFIXES, Row, read_rows
 CHUNK = 256  # rows in memory at a time, and between two writes
 SHOWN = 20  # rows that could not be read
 _OF_CLASSES = ("label", "probability", "entropy", "entropy_data", "entropy_posterior")
+_OF_TEXTS = ("log_probability", "deviation_posterior", "tokens")
 FIELDS = {
     "classification": _OF_CLASSES,
     "image_classification": _OF_CLASSES,
     "regression": ("label", "variance", "variance_data", "variance_posterior"),
-    "causal_lm": ("log_probability", "deviation_posterior", "tokens"),
+    "causal_lm": _OF_TEXTS,
+    "seq2seq_lm": _OF_TEXTS,
 }
 """Columns of the output, by `Task.problem`."""
 
@@ -122,7 +124,7 @@ def predict_file(
             source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
             (partial if main else Path(os.devnull)).open("a+", encoding="utf-8", newline="") as out,
         ):
-            rows = watched(read_rows(file, source.suffix, model.task.text_columns))
+            rows = watched(read_rows(file, source.suffix, model.task.given_columns))
             total = processes.of_main(_finished(out, target.suffix == ".csv") if main else 0)
             for _ in islice(rows, total):
                 pass

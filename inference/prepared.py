@@ -81,7 +81,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
     train, validation = (
         encode_dataset(part, task, backbone.processor, config.data.max_length) for part in parts
     )
-    collate = collator(task, backbone.processor)
+    collate = collator(task, backbone.processor, backbone.model)
     strategy = settings.train_sampling_strategy
     return Prepared(
         task,
@@ -99,7 +99,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
 def likelihood_for(task: Task, train: Dataset | None = None) -> PyroModule:
     """The likelihood of a task; a regression's is in the units of the training set, if given."""
     if task.is_language_model:
-        return LanguageModel()
+        return LanguageModel(task.ahead)
     if not task.is_regression:
         return Classification()
     return Regression() if train is None else Regression.of(torch.tensor(train["labels"]))

@@ -1,8 +1,9 @@
 """Tasks: which columns hold the text, what the labels mean, and which metrics judge predictions.
 
 Known tasks are eight of GLUE (Wang et al. 2018, arXiv 1804.07461) with the columns and label ids of
-the hub's `nyu-mll/glue`, the embedded `agreement`, and `causal_lm`, texts that are to be continued.
-What files of one's own mean, and images in folders, is inferred.
+the hub's `nyu-mll/glue`, the embedded `agreement`, `causal_lm`, texts that are to be continued, and
+`seq2seq_lm`, texts to be written for others. What files of one's own mean, and images in folders,
+is inferred.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from bayes_lora.inference.images import why_unreadable
 Columns = dict[str, list[Any]]
 """Values of a table's rows by column, all lists of one length."""
 
-Problem = Literal["classification", "regression", "causal_lm", "image_classification"]
-"""What is predicted: the class of a text, a number, the text itself, or the class of an image."""
+Problem = Literal["classification", "regression", "causal_lm", "seq2seq_lm", "image_classification"]
+"""What is predicted: the class of a text, a number, the text itself, another text, or the class of
+an image."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,20 @@ class Task:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether the label is the text itself."""
-        return self.problem == "causal_lm"
+        """Whether the label is a text, the one that is read or another."""
+        return self.problem in ("causal_lm", "seq2seq_lm")
+
+    @property
+    def ahead(self) -> int:
+        """Places from a language model's logits to their token, as of `NextTokens`."""
+        return int(self.problem == "causal_lm")
+
+    @property
+    def given_columns(self) -> tuple[str, ...]:
+        """Columns of text that a prediction needs: also the label, whose probability is asked."""
+        if self.problem == "seq2seq_lm":
+            return (*self.text_columns, self.label_column)
+        return self.text_columns
 
     @property
     def has_images(self) -> bool:
@@ -98,6 +112,7 @@ TASKS = {
         Task("qnli", ("question", "sentence"), ("accuracy",), _ENTAILMENT),
         Task("rte", _PAIR, ("accuracy",), _ENTAILMENT),
         Task("causal_lm", ("text",), ("perplexity",), (), "text", "causal_lm"),
+        Task("seq2seq_lm", ("source",), ("perplexity",), (), "target", "seq2seq_lm"),
     )
 }
 """The known tasks by name."""
@@ -107,7 +122,7 @@ def infer_task(
     columns: Columns,
     text_columns: list[str] | None = None,
     label_column: str = "label",
-    problem: Literal["classification", "regression"] | None = None,
+    problem: Problem | None = None,
     origin: str = "train_file",
 ) -> Task:
     """Infer the task of a custom training set.
@@ -120,7 +135,7 @@ def infer_task(
         Default: the only column of text besides the label.
     label_column : str
         Classes have ids by the sorted order of what is found here.
-    problem : {"classification", "regression"}, optional
+    problem : str, optional
         Default: regression if any label is a float, else classification.
     origin : str
         What to call the examples in an error message.
@@ -145,6 +160,8 @@ def infer_task(
             f"{origin} has {len(texts)} columns of text besides {label_column!r}; name one or two "
             f"as text_columns; its columns are {', '.join(columns)}"
         )
+    if problem == "seq2seq_lm":
+        return Task(problem, tuple(texts), ("perplexity",), (), label_column, problem)
     labels = [label for label in columns[label_column] if not _is_missing(label)]
     if problem is None:
         has_floats = any(isinstance(label, float) for label in labels)
@@ -210,7 +227,7 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
     for name in (*task.text_columns, task.label_column):
         if name not in columns:
             raise InputError(f"{origin} has no column {name!r}; it has {', '.join(columns)}")
-    for name in task.text_columns:
+    for name in task.given_columns:
         for row, text in enumerate(columns[name], start=1):
             where = f"{origin}, row {row}: {name}"
             if text is None:
@@ -224,7 +241,7 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
         for row, path in enumerate(paths, start=1):
             if wrong := why_unreadable(path):
                 raise InputError(f"{origin}, row {row}: {wrong}; replace it, or leave it out")
-    texts = {name: columns[name] for name in task.text_columns}
+    texts = {name: columns[name] for name in task.given_columns}
     if task.is_language_model:
         return Dataset.from_dict(texts)
     # Files of known tasks hold ids, others names.

@@ -125,8 +125,8 @@ def validation(run: Trained) -> Validation:
     """
     _, _, examples = load_task(run.config.data, data_seed(run.config.training))
     encoded = encode_dataset(examples, run.task, run.processor, run.config.data.max_length)
-    loader = evaluation_batches(encoded, collator(run.task, run.processor))
-    return Validation(loader, labels_of(encoded))
+    collate = collator(run.task, run.processor, run.model.network.backbone)
+    return Validation(evaluation_batches(encoded, collate), labels_of(encoded))
 
 
 def validation_if_there(run: Trained) -> Validation | None:

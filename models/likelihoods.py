@@ -73,7 +73,13 @@ class Regression(PyroModule):
 
 
 class LanguageModel(PyroModule):
-    """Likelihood of whole texts under a causal language model; the plate counts texts.
+    """Likelihood of whole texts under a language model; the plate counts texts.
+
+    Parameters
+    ----------
+    ahead : int
+        Places from the logits to their token: 1 of a causal language model, 0 of a decoder behind
+        an encoder.
 
     Examples
     --------
@@ -82,6 +88,10 @@ class LanguageModel(PyroModule):
     torch.Size([5])
     """
 
+    def __init__(self, ahead: int = 1) -> None:
+        super().__init__()
+        self.ahead = ahead
+
     def forward(self, output: Tensor) -> dist.Distribution:
         """Distribution of the tokens (batch, T) given logits (batch, T, vocabulary)."""
-        return NextTokens(output)
+        return NextTokens(output, self.ahead)

@@ -77,9 +77,9 @@ def test_a_decoder_without_padding_pads_with_its_end(folder, tokenizer):
     )  # fmt: skip
     model.save_pretrained(folder)
     loaded = load_backbone(str(folder), 2)
-    assert loaded.tokenizer.pad_token == "[SEP]"
+    assert loaded.processor.pad_token == "[SEP]"
     assert loaded.model.config.pad_token_id == 2
-    assert loaded.tokenizer.model_max_length == 10  # fewer than the tokenizer's own 16
+    assert loaded.processor.model_max_length == 10  # fewer than the tokenizer's own 16
 
 
 def test_a_network_that_looks_at_its_weights_type_is_adapted(batch):
@@ -107,7 +107,7 @@ def test_a_folder_with_only_a_sentencepiece_model_has_its_tokenizer(tmp_path, ba
             minloglevel=2,
         )  # fmt: skip
     backbone("deberta").save_pretrained(tmp_path)
-    tokenizer = load_backbone(str(tmp_path), 2).tokenizer
+    tokenizer = load_backbone(str(tmp_path), 2).processor
     assert "[UNK]" not in tokenizer.tokenize("the doctors near the nurse")
     assert tokenizer("the nurse")["input_ids"][0] == 1
 

@@ -136,7 +136,7 @@ def test_folders_without_images_and_options_that_contradict(photos, tmp_path, er
         return error_of(DataConfig(task="image_classification", **options))
 
     assert "has no images" in error(data_dir=str(tmp_path))
-    assert "needs images of your own" in error()
+    assert "needs examples of your own" in error()
     files = {"train_file": "a.csv", "validation_file": "b.csv"}
     assert "leave out problem" in error(**files, problem="classification")
     assert "leave these out" in error(**files, data_dir=str(photos))

@@ -17,6 +17,7 @@ from bayes_lora.inference.config import DataConfig
 from bayes_lora.inference.data import load_task
 from bayes_lora.inference.encoding import encode, encode_dataset
 from bayes_lora.inference.tasks import TASKS
+from bayes_lora.next_tokens import IGNORED
 
 LENGTH = 8  # tokens, so that most texts are of several pieces
 
@@ -102,7 +103,7 @@ def test_every_token_is_judged_as_transformers_does(kind, written, tmp_path):
 def test_all_commands_work_for_texts(written, texts, tmp_path, capsys):
     refined = {"quantized_tensors": "weight A e B", "refine_epochs": 1}
     folder, lines = written("llama", weight_posterior="normal", draws=3, **refined)
-    model, tokenizer, _ = load_backbone(str(tmp_path / "llama"), None)
+    model, tokenizer, _ = load_backbone(str(tmp_path / "llama"), None, "causal_lm")
     both = [log_probability(model, tokenizer, line) for line in lines]
     base = -sum(p for p, _ in both) / sum(tokens for _, tokens in both)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -189,7 +190,9 @@ def test_long_texts_become_pieces_and_none_is_lost(tokenizer):
     texts = ["a b c", "a b c d e f g h a b c d e", "h"]
     pieces = encode({"text": texts}, TASKS["causal_lm"], tokenizer, max_length=8)
     assert pieces.text == [0, 1, 1, 1, 2]
-    words = [tokenizer.decode(ids, skip_special_tokens=False) for ids in pieces.columns["labels"]]
+    ids = pieces.columns["input_ids"]
+    assert pieces.columns["labels"] == [[IGNORED, *text[1:]] for text in ids]
+    words = [tokenizer.decode(text, skip_special_tokens=False) for text in ids]
     assert words[1:4] == [
         "[CLS] a b c d e f [SEP]", "[CLS] g h a b c d [SEP]", "[CLS] e [SEP]"
     ]  # fmt: skip
@@ -213,12 +216,12 @@ def test_texts_without_a_token_to_predict_are_left_out_or_refused(tokenizer, tmp
 
 def test_a_model_that_looks_ahead_is_refused(inputs, backbone, tmp_path):
     with pytest.raises(InputError, match="is no causal language model"):
-        load_backbone(str(inputs / "model"), None)
+        load_backbone(str(inputs / "model"), None, "causal_lm")
     model = backbone("llama", vocab_size=60)
     for part in (model, AutoTokenizer.from_pretrained(inputs / "model")):
         part.save_pretrained(tmp_path / "classifier")
     with pytest.raises(InputError, match=r"lm_head\.weight is not pretrained"):
-        load_backbone(str(tmp_path / "classifier"), None)
+        load_backbone(str(tmp_path / "classifier"), None, "causal_lm")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_a_model_that_looks_ahead_is_refused(inputs, backbone, tmp_path):
         ({"problem": "regression"}, "causal_lm has no label but the text"),
         ({"text_columns": ["a", "b"]}, "causal_lm has no label but the text"),
         ({"text_columns": ["a"]}, "has no column 'a'"),
-        ({"train_file": None, "validation_file": None}, "causal_lm needs texts of your own"),
+        ({"train_file": None, "validation_file": None}, "causal_lm needs examples of your own"),
     ],
 )
 def test_what_texts_are_is_said_wrongly(changes, message, texts, error_of):
