@@ -3,9 +3,10 @@
     python benchmarks/growth.py > benchmarks/growth.csv
 
 One of tokens, rank and blocks is changed at a time, the others as in `step_time.py`: PEFT's LoRA,
-and ours with every gate decided and with every gate undecided. The last rows are predictions
-averaged over draws of all gates. One process, 2 threads, fp32; medians of steps that are made in
-turn.
+and ours with every gate decided and with every gate undecided. The rows `draws` are predictions
+averaged over draws of all gates; the rows `merged`, those of the bare network (0) and of one at a
+decision whose adapters are merged into its weights (1), with the ratio to the bare one. One
+process, 2 threads, fp32; medians of steps that are made in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from step_time import ALPHA, Size, Step, cut, inputs, steps_of, times
 from torch.utils.data import DataLoader
 
+from bayes_lora.decided import decide_network
 from bayes_lora.inference.draws import draw_posterior, unbound
+from bayes_lora.inference.peft_adapter import decided_layers
 from bayes_lora.inference.predict import predict_draws
 from bayes_lora.inference.quiet import quiet
 from bayes_lora.models.guides import GateGuide
@@ -52,6 +55,25 @@ def prediction(draws: int) -> Step:
     return lambda: predict_draws(model, guide, loader, gates, weights) and None
 
 
+def prediction_when_merged(merged: bool) -> Step:
+    """Predictions of one batch by the bare network, or by one with merged adapters."""
+    size = Size()
+    batch = inputs(size.tokens)
+    batch.pop("labels")
+    model = cut(size.blocks).model.eval()
+    if merged:
+        network = AdaptedNetwork(model, rank=size.rank, alpha=ALPHA)
+        weights = network.initial_adapter_weights()
+        network.calibrate([batch], weights)
+        draw = torch.Generator().manual_seed(1)
+        shapes = (network.rank_gate_shape, network.bit_gate_shape)
+        gates = (torch.bernoulli(torch.full(shape, 0.5), generator=draw) for shape in shapes)
+        model = decide_network(network, weights, *gates)
+        for path, layer in decided_layers(model).items():
+            model.set_submodule(path, layer.merged())
+    return torch.no_grad()(lambda: model(**batch) and None)
+
+
 def main() -> None:
     """Print the table as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -74,6 +96,10 @@ def main() -> None:
     medians = times([[prediction(draws)] for draws in DRAWS], options.repeats)
     for draws, m in zip(DRAWS, medians, strict=True):
         writer.writerow(["draws", draws, "qr", "predict", f"{m:.4f}", ""])
+    medians = times([[prediction_when_merged(merged)] for merged in (False, True)], 41)
+    for merged, m in enumerate(medians):
+        ratio = f"{m / medians[0]:.3f}"
+        writer.writerow(["merged", merged, "qr", "predict", f"{m:.4f}", ratio])
 
 
 if __name__ == "__main__":
