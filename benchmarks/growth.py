@@ -17,7 +17,7 @@ import sys
 
 import pyro
 import torch
-from step_time import ALPHA, Size, Step, cut, inputs, steps_of, times
+from steps import ALPHA, Size, Step, cut, inputs, steps_of, times
 from torch.utils.data import DataLoader
 
 from bayes_lora.decided import decide_network
@@ -89,17 +89,15 @@ def main() -> None:
         for value in values:
             size = Size(**{name: value})
             cells = [steps_of(*cell, size, torch.float32, []) for cell in CELLS]
-            medians = times(cells, options.repeats)
-            for cell, m in zip(CELLS, medians, strict=True):
-                writer.writerow([name, value, *cell, f"{m:.4f}", f"{m / medians[0]:.3f}"])
+            for cell, (m, ratio) in zip(CELLS, times(cells, options.repeats), strict=True):
+                writer.writerow([name, value, *cell, f"{m:.4f}", f"{ratio:.3f}"])
             sys.stdout.flush()
-    medians = times([[prediction(draws)] for draws in DRAWS], options.repeats)
-    for draws, m in zip(DRAWS, medians, strict=True):
+    found = times([[prediction(draws)] for draws in DRAWS], options.repeats)
+    for draws, (m, _) in zip(DRAWS, found, strict=True):
         writer.writerow(["draws", draws, "qr", "predict", f"{m:.4f}", ""])
-    medians = times([[prediction_when_merged(merged)] for merged in (False, True)], 41)
-    for merged, m in enumerate(medians):
-        ratio = f"{m / medians[0]:.3f}"
-        writer.writerow(["merged", merged, "qr", "predict", f"{m:.4f}", ratio])
+    found = times([[prediction_when_merged(merged)] for merged in (False, True)], 41)
+    for merged, (m, ratio) in enumerate(found):
+        writer.writerow(["merged", merged, "qr", "predict", f"{m:.4f}", f"{ratio:.3f}"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/step_parts.py > benchmarks/step_parts.csv
 
-The same steps as in `step_time.py`, 64 tokens, fp32, 2 threads. `products` are matrix products,
+The same steps as in `steps.py`, 64 tokens, fp32, 2 threads. `products` are matrix products,
 `others` all other operators of torch, `host` is what is left of the step: Python, with Pyro's
 handlers, and autograd between operators. `bookkeeping` is no part beside these, but a step of its
 own from which network and optimizer are left out: it traces guide and model, draws the gates,
@@ -21,7 +21,7 @@ from unittest import mock
 
 import pyro
 import torch
-from step_time import Size, Step, steps_of
+from steps import Size, Step, steps_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
