@@ -174,8 +174,9 @@ def _images(config: DataConfig) -> tuple[Task, list[str], list[Columns]]:
     if config.train_file and config.validation_file:
         origins = [config.train_file, config.validation_file]
         columns = [read_file(Path(file)) for file in origins]
-        options = (config.text_columns, config.label_column, "classification")
-        found = infer_task(columns[0], *options, origin=config.train_file)
+        found = infer_task(
+            columns[0], config.text_columns, config.label_column, "classification", origins[0]
+        )
         (paths,) = found.text_columns
         for file, table in zip(origins, columns, strict=True):
             beside = Path(file).resolve().parent
