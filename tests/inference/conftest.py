@@ -160,6 +160,19 @@ def command(small_run, tmp_path, capsys, few_draws):
 
 
 @pytest.fixture
+def pretrained(inputs, backbone, tmp_path):
+    """Save a language model of a kind, drawn at random; returns its folder."""
+
+    def make(kind):
+        tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+        for part in (tokenizer, backbone(f"{kind} writes", vocab_size=len(tokenizer))):
+            part.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return make
+
+
+@pytest.fixture
 def decided_run(command, tmp_path, inputs, backbone):
     """Folder of a run whose gates differ from layer to layer, on the named architecture."""
 

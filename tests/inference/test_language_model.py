@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import bayes_lora
 from bayes_lora.errors import InputError
@@ -34,19 +34,6 @@ def texts(inputs, tmp_path):
         "task": "causal_lm", "text_columns": None, "max_length": LENGTH,
         "train_file": tmp_path / "train.txt", "validation_file": tmp_path / "validation.txt",
     }  # fmt: skip
-
-
-@pytest.fixture
-def pretrained(inputs, backbone, tmp_path):
-    """Save a language model of a kind, drawn at random; returns its folder."""
-
-    def make(kind):
-        tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
-        for part in (tokenizer, backbone(f"{kind} writes", vocab_size=len(tokenizer))):
-            part.save_pretrained(tmp_path / kind)
-        return tmp_path / kind
-
-    return make
 
 
 @pytest.fixture
@@ -215,8 +202,16 @@ def test_texts_without_a_token_to_predict_are_left_out_or_refused(tokenizer, tmp
 
 
 def test_a_model_that_looks_ahead_is_refused(inputs, backbone, tmp_path):
-    with pytest.raises(InputError, match="is no causal language model"):
+    with pytest.raises(InputError, match=r"is no language model: its cls\..* is not pretrained"):
         load_backbone(str(inputs / "model"), None, "causal_lm")
+    config = AutoConfig.from_pretrained(inputs / "model")
+    for part in (
+        AutoModelForCausalLM.from_config(config),  # an encoder, with a head for words
+        AutoTokenizer.from_pretrained(inputs / "model"),
+    ):
+        part.save_pretrained(tmp_path / "both ways")
+    with pytest.raises(InputError, match="is no causal language model: it looks at the tokens"):
+        load_backbone(str(tmp_path / "both ways"), None, "causal_lm")
     model = backbone("llama", vocab_size=60)
     for part in (model, AutoTokenizer.from_pretrained(inputs / "model")):
         part.save_pretrained(tmp_path / "classifier")

@@ -37,21 +37,6 @@ def pairs(inputs, tmp_path):
 
 
 @pytest.fixture
-def pretrained(inputs, backbone, tmp_path):
-    """Save an encoder-decoder of a kind, drawn at random; returns its folder."""
-
-    def make(kind):
-        tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
-        model = backbone(f"{kind} writes", vocab_size=len(tokenizer))
-        model.generation_config.pad_token_id = 0
-        for part in (tokenizer, model):
-            part.save_pretrained(tmp_path / kind)
-        return tmp_path / kind
-
-    return make
-
-
-@pytest.fixture
 def rows(pairs):
     with pairs["validation_file"].open() as file:
         return [(row["said"], row["back"]) for row in csv.DictReader(file)]
