@@ -279,8 +279,10 @@ class AdaptedNetwork(nn.Module):
         ]
         try:
             for batch in batches:
-                masks = [batch[name] for name in names if name in batch]
-                no_padding = {m.numel(): m.flatten().nonzero().flatten() for m in masks}
+                masks = [batch[name].flatten().bool() for name in names if name in batch]
+                if len(masks) == 2 and len(masks[0]) == len(masks[1]):  # which one, none can tell
+                    masks = [masks[0] & masks[1]]
+                no_padding = {len(mask): mask.nonzero().flatten() for mask in masks}
                 self(batch, Latents(adapter_weights))
         finally:
             for handle in handles:

@@ -160,7 +160,8 @@ def load_backbone(
             f"{name} lacks weights of its encoder ({lost[0]}, {len(lost)} layers in all): "
             "is it a pretrained model of this architecture?"
         )
-    if bad := not_finite(dict(model.named_parameters())):
+    model = model.float()
+    if bad := not_finite(model.state_dict()):
         raise InputError(f"{name} is damaged: {bad} is not finite")
     if num_labels is None and new:
         raise InputError(f"{name} is no language model: its {new[0]} is not pretrained")
@@ -170,7 +171,7 @@ def load_backbone(
         _reads_images(name, model.eval(), processor)
     else:
         _fit_together(name, model, processor)
-    return Backbone(model.float(), processor, new)
+    return Backbone(model, processor, new)
 
 
 @torch.no_grad()
@@ -184,7 +185,10 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
 def _reads_images(name: str, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
     """Refuse a processor of another model, by one image."""
     try:
-        model(**processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt"))
+        made = processor(images=[Image.new("RGB", (64, 48), "teal")], return_tensors="pt")
+        if not torch.isfinite(made["pixel_values"]).all():
+            raise ValueError("it is not finite")
+        model(**made)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
             f"{name} does not read what its image processor makes of a colour image: "

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
@@ -37,6 +38,9 @@ from bayes_lora.models.priors import Priors
 Run = Mapping[str, Any]
 """What a checkpoint is of: every option that matters by name, and a digest of the data."""
 
+
+OTHER = {"data": "other data", "frozen": "another backbone"}
+"""What of a run is told by a digest."""
 
 CHECKPOINTS = "checkpoints"
 """Folder of all checkpoints in that of the run."""
@@ -108,7 +112,9 @@ class Keeper:
                 f"cannot write a checkpoint to {self.folder}: {error.strerror}; the last one is "
                 "whole: mend that, and go on with --resume"
             ) from error
-        for old in found(self.folder)[: -self.limit]:
+        # one of a later step was refused, so it is not one of those that are kept
+        mine = [p for p in found(self.folder) if _step(p) <= checkpoint.numbers["step"]]
+        for old in mine[: -self.limit]:
             shutil.rmtree(old)
 
     def clear(self) -> None:
@@ -119,54 +125,72 @@ class Keeper:
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the last one at the end."""
-    names = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(names, key=lambda path: int(path.name[5:]))
+    names = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(names, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def last_checkpoint(folder: Path, run: Run) -> Checkpoint | None:
-    """Read the last checkpoint that is whole; None if there has been none.
+    """Read the last checkpoint of this run that is whole; None if there has been none.
 
-    A damaged one is named on standard error, and the one before it is taken.
+    One that is damaged, or of another run, is named on standard error, and the one before it taken.
 
     Raises
     ------
     InputError
-        If all are damaged, or the one that is not is of another run.
+        If none is whole and of this run.
     """
     checkpoints = found(folder)
+    foreign: list[str] = []
     for path in reversed(checkpoints):
         try:
             checkpoint, of = _read(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             print(f"bayes-lora: {path} is damaged ({error}): it is left out", file=sys.stderr)
             continue
-        if other := [name for name in run if run[name] != of.get(name)]:
-            name = other[0]
-            if name == "data":
-                raise InputError(f"{path} is of other data: give the same, or another --output_dir")
-            raise InputError(
-                f"{path} was made with {name} {of.get(name)}, not {run[name]}: give the same "
-                "options as then, or another --output_dir"
-            )
-        return checkpoint
+        other = next((name for name in run if run[name] != of.get(name)), None)
+        if other is None:
+            for what in foreign:
+                print(f"bayes-lora: {what}: it is left out", file=sys.stderr)
+            return checkpoint
+        foreign.append(
+            f"{path} is of {OTHER[other]}"
+            if other in OTHER
+            else f"{path} was made with {other} {of.get(other)}, not {run[other]}"
+        )
+    if foreign:
+        raise InputError(f"{foreign[0]}: give the same as then, or another --output_dir")
     if checkpoints:
         raise InputError(f"no checkpoint in {folder} is whole: train anew, with --overwrite")
     return None
 
 
-def identity(config: FinetuneConfig, priors: Priors, data: Dataset) -> Run:
-    """What a checkpoint must be of to go on: options, processes, priors, tokens and labels."""
+def identity(config: FinetuneConfig, priors: Priors, data: Dataset, model: nn.Module) -> Run:
+    """What a checkpoint must be of to go on: options, processes, priors, data, frozen weights."""
     options = {k: v for part in vars(config).values() for k, v in asdict(part).items()}
     options = {k: v for k, v in options.items() if k not in ANY_VALUE}
     # where a function lies in memory says nothing of it
     written = re.sub(r" at 0x[0-9a-f]+", "", repr(priors))
     options |= {"processes": processes.state().num_processes}
-    return dict(json.loads(json.dumps(options)) | {"priors": written, "data": _digest_of(data)})
+    digests = {"data": _digest_of(data), "frozen": _digest_of_frozen(model)}
+    return dict(json.loads(json.dumps(options)) | {"priors": written} | digests)
+
+
+@torch.no_grad()
+def _digest_of_frozen(model: nn.Module) -> str:
+    """Of some entries of every frozen weight, which tell another one and cost little."""
+    frozen = [p.flatten() for p in model.parameters() if not p.requires_grad and p.numel()]
+    some = [p[:: max(1, len(p) // 64)].float().cpu().numpy().tobytes() for p in frozen]
+    return _digest(*some)
 
 
 def _digest_of(data: Dataset) -> str:
     if PATHS in data.column_names:
-        read = json.dumps([(path, os.path.getsize(path)) for path in data[PATHS]]).encode()
+        paths = data[PATHS][:]
+        read = _digest(*map(str.encode, paths), *(Path(p).read_bytes() for p in paths)).encode()
     else:
         read = _bytes_of(data["input_ids"][:])
     return _digest(read, _bytes_of(data["labels"][:]))

@@ -198,7 +198,7 @@ def _options_of(file: str) -> list[str]:
     try:
         # every scalar as it is written: `no` is a precision, or a column, not False
         content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read --config {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {file} must hold `option: value` lines")

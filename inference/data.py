@@ -180,10 +180,11 @@ def _images(config: DataConfig) -> tuple[Task, list[str], list[Columns]]:
         (paths,) = found.text_columns
         for file, table in zip(origins, columns, strict=True):
             beside = Path(file).resolve().parent
-            table[paths] = [
-                str(beside / path) if isinstance(path, str) else path
-                for path in table.get(paths, [])
-            ]
+            table |= {
+                name: [str(beside / path) if isinstance(path, str) else path for path in values]
+                for name, values in table.items()
+                if name == paths
+            }
     else:
         origins = [str(Path(config.data_dir or "") / split) for split in ("train", "validation")]
         columns = [read_folder(Path(folder)) for folder in origins]

@@ -9,6 +9,7 @@ batch of them is read when it is made.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
@@ -175,7 +176,9 @@ def collator(
         return partial(_images, processor)
     if not task.is_language_model:
         return DataCollatorWithPadding(processor)
-    collate = DataCollatorForSeq2Seq(processor, model=model, label_pad_token_id=IGNORED)
+    tokenizer = deepcopy(processor)
+    tokenizer.padding_side = "right"  # a text begins at the first place, whatever is beside it
+    collate = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=IGNORED)
     return partial(_pairs, collate) if task.problem == "seq2seq_lm" else collate
 
 

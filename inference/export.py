@@ -144,7 +144,7 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
                 write_text(partial / "merge_report.json", json.dumps(metrics, indent=2) + "\n")
             run.processor.save_pretrained(partial)
             write_manifest(partial, manifest)
-            card = model_card(manifest, metrics, by, model.config.pad_token_id)
+            card = model_card(manifest, metrics, by, getattr(model.config, "pad_token_id", None))
             write_text(partial / "README.md", card)
             partial.rename(folder)
     except OSError as error:

@@ -6,12 +6,13 @@ Of several processes the main one alone changes anything.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from bayes_lora.errors import InputError
@@ -56,6 +57,8 @@ def open_folder(folder: Path, outputs: Sequence[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in outputs:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
             (folder / name).unlink(missing_ok=True)
         for inner in restarts(folder):
             open_folder(inner, outputs)
@@ -96,4 +99,4 @@ def write_figure(path: Path, figure: Figure) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
     found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_whole(path, lambda partial: save_file(found, partial))
+    write_whole(path, lambda partial: partial.write_bytes(save(found)))  # a full disk: an OSError

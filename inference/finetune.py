@@ -34,7 +34,7 @@ from bayes_lora.inference.child import in_a_child
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
 from bayes_lora.inference.draws import draw_prior, quantities
-from bayes_lora.inference.files import check_free, open_folder, write_text
+from bayes_lora.inference.files import check_free, open_folder, restarts, write_text
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.options import data_seed
 from bayes_lora.inference.posterior import PRIOR_DRAWS
@@ -82,7 +82,7 @@ def finetune(config: FinetuneConfig, priors: Priors | None = None) -> dict[str, 
 def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     """Train the chains one after the other; several processes share them."""
     settings, folder = config.training, Path(config.training.output_dir)
-    if not settings.resume:
+    if not (settings.resume and restarts(folder)):
         check_free(folder, OUTPUTS, settings.overwrite)
         processes.wait()  # all have looked at the folder: now it may change
         open_folder(folder, OUTPUTS)

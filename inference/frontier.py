@@ -51,7 +51,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
             mine = [*words, "--price", str(price), "--seed", str(seed)]
             folder = options.output_dir / f"price-{price:g}" / f"seed-{seed}"
             metrics = in_a_process(method, mine, folder)
-            rows.append({"price": price, "seed": seed} | {name: metrics[name] for name in COLUMNS})
+            rows.append(
+                {"price": price, "seed": seed}
+                | {name: metrics[name] for name in COLUMNS if name in metrics}
+            )
             found = pd.DataFrame(rows)
             write_text(options.output_dir / "frontier.csv", found.to_csv(index=False))
             write_figure(options.output_dir / "frontier.png", plot_frontier(found))

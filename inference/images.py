@@ -19,6 +19,9 @@ from bayes_lora.errors import InputError
 PATHS = "image"
 """Column of the paths."""
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read; others that Pillow knows are no photographs, and some run programs."""
+
 # A damaged file may raise any of these, and an immense one its warning, made an error, or memory.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -26,7 +29,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBom
 def read_folder(folder: Path) -> dict[str, list[str]]:
     """Paths and classes of the images of a folder that has a folder for every class.
 
-    Files that are no images by their name are left out, as are those that begin with a dot.
+    Files that are no images by their name are left out, as is all that begins with a dot.
 
     Raises
     ------
@@ -42,11 +45,12 @@ def read_folder(folder: Path) -> dict[str, list[str]]:
     ...     read_folder(Path(name))["label"]
     ['cat']
     """
-    known = Image.registered_extensions()
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = sorted(
         path
         for path in folder.glob("*/**/*")
-        if path.suffix.lower() in known and not path.name.startswith(".")
+        if path.suffix.lower() in known
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:
         raise InputError(
@@ -66,7 +70,9 @@ def why_unreadable(path: str) -> str:
     'nowhere.png cannot be read (No such file or directory)'
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                return f"{path} has more than 8 bits a colour: convert it"
             image.draft("RGB", (1, 1))  # of a JPEG, an eighth of its size is enough to tell
             image.load()
     except UnidentifiedImageError:
@@ -90,7 +96,7 @@ def pixels(paths: Sequence[str], processor: BaseImageProcessor) -> Tensor:
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 images.append(ImageOps.exif_transpose(image).convert("RGB"))
         except UNREADABLE as error:
             raise InputError(why_unreadable(path) or f"{path} cannot be read ({error})") from error

@@ -132,7 +132,7 @@ def _read_json_lines(path: Path) -> Columns:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} is not JSON ({error})") from error
         if not isinstance(rows[-1], dict):
             raise ValueError(f"line {number} is not a JSON object; write one example a line")

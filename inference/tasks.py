@@ -8,7 +8,6 @@ is inferred.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ from tqdm.auto import tqdm
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference.images import why_unreadable
+
+LARGEST_LABEL = 1e38  # that of float32 is 3.4e38
 
 Columns = dict[str, list[Any]]
 """Values of a table's rows by column, all lists of one length."""
@@ -162,7 +163,8 @@ def infer_task(
         )
     if problem == "seq2seq_lm":
         return Task(problem, tuple(texts), ("perplexity",), (), label_column, problem)
-    labels = [label for label in columns[label_column] if not _is_missing(label)]
+    # what is not a number does not equal itself
+    labels = [y for y in columns[label_column] if not _is_missing(y) and y == y]
     if problem is None:
         has_floats = any(isinstance(label, float) for label in labels)
         problem = "regression" if has_floats else "classification"
@@ -234,6 +236,8 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
                 raise InputError(f"{where} is missing; give a text, or leave the row out")
             if not isinstance(text, str):
                 raise InputError(f"{where} is {text!r}; give a text")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise InputError(f"{where} is not UTF-8; write it in that encoding")
     if not columns[task.text_columns[0]]:
         raise InputError(f"{origin} has no examples; give at least one")
     if task.has_images:
@@ -254,8 +258,8 @@ def check_examples(task: Task, columns: Columns, origin: str) -> Dataset:
             raise InputError(f"{where} is missing; give one, or leave the row out")
         if task.is_regression:
             is_number = isinstance(label, int | float) and not isinstance(label, bool)
-            if not (is_number and math.isfinite(label)):
-                raise InputError(f"{where} is {label!r}; regression needs a finite number")
+            if not (is_number and -LARGEST_LABEL < label < LARGEST_LABEL):
+                raise InputError(f"{where} is {label!r:.30}; regression needs a finite number")
             labels.append(float(label))
         elif str(label) in ids:
             labels.append(ids[str(label)])

@@ -60,6 +60,7 @@ OUTPUTS = (
     "guide.safetensors",
     "head.safetensors",
     "posterior.nc",
+    CHECKPOINTS,
     *DIAGNOSIS,
 )
 
@@ -99,7 +100,7 @@ def train_run(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     resolved = resolve(config, data.task.name, optimisation.gate_learning_rate, model.priors)
     keeper = Keeper(
         folder / CHECKPOINTS,
-        identity(resolved, priors, data.train),
+        identity(resolved, priors, data.train, model),
         settings.save_steps, settings.save_minutes, settings.save_total_limit,
     )  # fmt: skip
     checkpoint = last_checkpoint(keeper.folder, keeper.run) if settings.resume else None
@@ -109,7 +110,6 @@ def train_run(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     processes.wait()  # all have looked at the folder: now it may change
     if checkpoint is None:
         open_folder(folder, OUTPUTS)
-        keeper.clear()  # of a run that is replaced
         header = [
             f"priors: {model.priors}",
             f"classes: {', '.join(data.task.label_names) or 'none'}",

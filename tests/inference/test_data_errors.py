@@ -2,6 +2,8 @@
 
 import pytest
 
+from bayes_lora.errors import InputError
+from bayes_lora.inference.config import parse
 from bayes_lora.inference.data import DataConfig
 from bayes_lora.inference.tasks import TASKS
 
@@ -91,3 +93,26 @@ def test_labels_of_a_known_task_are_its_ids(tmp_path, write, error_of):
     assert "train.jsonl, row 3: label is 2; the classes are 0, 1" in error_of(config)
     write(tmp_path / "cola" / "train.jsonl", [{"sentence": "a", "label": 1}])
     assert "validation.jsonl, row 1: label is -1" in error_of(config)
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        (rows(0, 1, text="\ud800"), "row 1: text is not UTF-8"),
+        (rows("x", "y", float("nan")), "row 3: label is nan; the classes are x, y"),
+        (rows(0.5, 1e39), "row 2: label is 1e+39; regression needs"),
+        (rows(0.5, 10**400), "row 2: label is 1000"),
+    ],
+)
+def test_values_that_no_number_or_text_can_hold(train, says, custom, error_of):
+    assert says in error_of(custom(train, rows("x", "y")))
+
+
+def test_what_is_nested_too_deep_to_be_read(tmp_path, error_of):
+    deep = "[" * 100_000
+    (tmp_path / "a.jsonl").write_text(deep)
+    (tmp_path / "c.yaml").write_text(deep)
+    files = dict.fromkeys(("train_file", "validation_file"), str(tmp_path / "a.jsonl"))
+    assert "line 1 is not JSON" in error_of(DataConfig(**files))
+    with pytest.raises(InputError, match="cannot read --config"):
+        parse(["--config", str(tmp_path / "c.yaml")])

@@ -39,6 +39,9 @@ def photos(tmp_path_factory):
                 Image.fromarray(values).save(folder / split / name / f"{number}.{suffix}")
     (folder / "train" / "notes.txt").write_text("no image")
     (folder / "train" / "red" / ".hidden.png").write_text("no image")
+    for hidden in (".cache", "red/.ipynb_checkpoints"):
+        (folder / "train" / hidden).mkdir()
+        (folder / "train" / hidden / "1.png").write_text("no image")
     return folder
 
 
@@ -46,7 +49,9 @@ def photos(tmp_path_factory):
 def vit(backbone, tmp_path):
     """Folder of a tiny vision transformer and its processor."""
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    for part in (backbone("vit", num_channels=3), processor):
+    model = backbone("vit", num_channels=3)
+    del model.config.pad_token_id  # real ones have none
+    for part in (model, processor):
         part.save_pretrained(tmp_path / "vit")
     return tmp_path / "vit"
 
@@ -108,6 +113,19 @@ def test_a_file_names_images_relative_to_itself(photos, tmp_path, monkeypatch):
     assert train["photo"][:] == [str(photos / path) for path in rows.values()]
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "png"), ("I;16", "tif"), ("F", "tif")])
+def test_an_image_of_many_bits_is_refused_not_made_white(mode, kind, tmp_path):
+    path = tmp_path / f"1.{kind}"
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16 if mode == "I;16" else np.float32)).save(path)
+    assert why_unreadable(str(path)) == f"{path} has more than 8 bits a colour: convert it"
+
+
+def test_a_file_that_a_program_would_run_is_no_image(tmp_path):
+    path = tmp_path / "1.png"
+    Image.new("RGB", (9, 9)).save(path, format="EPS")
+    assert why_unreadable(str(path)) == f"{path} is no image"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -162,6 +180,24 @@ def test_models_that_do_not_read_such_images_are_refused(inputs, vit, backbone, 
         part.save_pretrained(grey)
     with pytest.raises(InputError, match="colour image"):
         load_backbone(str(grey), 2, "image_classification")
+    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_std=[0.0] * 3)
+    processor.save_pretrained(vit)
+    with pytest.raises(InputError, match="it is not finite"):
+        load_backbone(str(vit), 2, "image_classification")
+
+
+def test_a_model_saved_in_half_precision_is_read_in_full(vit):
+    AutoModelForImageClassification.from_pretrained(vit).bfloat16().save_pretrained(vit)
+    model = load_backbone(str(vit), 2, "image_classification").model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_validation_file_without_the_column_is_told_so(photos, tmp_path, error_of):
+    image = photos / "train" / "red" / "0.png"
+    (tmp_path / "a.csv").write_text(f"photo,label\n{image},x\n{image},y\n")
+    (tmp_path / "b.csv").write_text("picture,label\nb.png,x\n")
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    assert "has no column 'photo'" in error_of(DataConfig("image_classification", None, *files))
 
 
 @pytest.mark.slow
@@ -227,7 +263,7 @@ def test_a_run_on_images_goes_on_from_its_checkpoint(command, options, tmp_path,
             command(**settings)
     image = next((options["data_dir"] / "train" / "red").glob("*.png"))
     content = image.read_bytes()
-    Image.new("RGB", (9, 9)).save(image)
+    image.write_bytes(content + b" ")  # after its end: the same pixels
     code, _, err = command(**settings, resume="")
     assert (code, "is of other data" in err) == (2, True)
     image.write_bytes(content)

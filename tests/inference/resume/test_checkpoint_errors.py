@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bayes_lora.inference.checkpoint import found
 
@@ -45,6 +48,59 @@ def test_without_a_whole_checkpoint_nothing_is_lost_in_silence(command, stopped)
         "with --overwrite"
     )
     assert len(found(run / "checkpoints")) == 3
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"x"', "[" * 100_000])
+def test_a_checkpoint_whose_numbers_are_something_else_is_damaged(command, stopped, content):
+    run = stopped()
+    last = found(run / "checkpoints")[-1]
+    (last / "state.json").write_text(content)
+    (run / "checkpoints" / "step-\u00b2").mkdir()  # a digit, and no number
+    code, _, err = command(save_steps=5, resume="")
+    assert code == 0, err
+    assert f"{last} is damaged" in err
+
+
+def test_a_checkpoint_of_another_run_is_named_and_the_one_before_it_used(
+    command, stopped, whole, same, tmp_path, killed_after
+):
+    run = stopped()
+    with killed_after(3):
+        command(save_steps=5, seed=1, output_dir=tmp_path / "other")
+    foreign = run / "checkpoints" / "step-999"
+    shutil.copytree(found(tmp_path / "other" / "checkpoints")[-1], foreign)
+    code, _, err = command(save_steps=5, resume="")
+    assert code == 0, err
+    assert f"{foreign} was made with seed 1, not 0: it is left out" in err
+    same(run, whole)
+
+
+def test_what_was_refused_is_not_one_of_those_that_are_kept(command, stopped, killed_after):
+    run = stopped()
+    last = found(run / "checkpoints")[-1]
+    damaged = run / "checkpoints" / "step-999"
+    shutil.copytree(last, damaged)
+    flip(damaged / "state.json")
+    with killed_after(2):
+        command(save_steps=1, save_total_limit=1, resume="")
+    step = int(last.name[5:])
+    names = [path.name for path in found(run / "checkpoints")]
+    assert names == [f"step-{step + 1}", f"step-{step + 2}", "step-999"]  # the second not rotated
+    code, _, err = command(save_total_limit=1, resume="")
+    assert code == 0, err
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(command, stopped, inputs, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(inputs / "model", mine)
+    stopped(backbone=mine)
+    weights = load_file(mine / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name] += 0.01
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = command(resume="", backbone=mine)
+    assert code == 2
+    assert "is of another backbone: give the same" in err
 
 
 @pytest.mark.parametrize(
@@ -95,3 +151,37 @@ def test_a_full_disk_leaves_the_last_checkpoint(command, whole, tmp_path, monkey
     assert list(folder.iterdir()) == found(folder) != []
     assert command(resume="")[0] == 0
     same(tmp_path / "run", whole)
+
+
+def test_a_full_disk_at_the_end_is_one_line(command, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.name.startswith("guide.safetensors"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        code, _, err = command(save_steps=5)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("bayes-lora: error: No space left on device")
+    assert command(resume="")[0] == 0
+
+
+def test_restarts_do_not_replace_a_finished_run(command, whole):
+    before = (whole / "metrics.json").read_bytes()
+    code, _, err = command(output_dir=whole, resume="", restarts=2)
+    assert code == 2
+    assert "already holds a run" in err
+    assert (whole / "metrics.json").read_bytes() == before
+
+
+def test_a_run_that_replaces_stopped_restarts_leaves_nothing_of_them(
+    command, tmp_path, killed_after
+):
+    with killed_after(2):
+        command(restarts=2, save_steps=5)
+    assert found(tmp_path / "run" / "restart-0" / "checkpoints")
+    assert command(overwrite="")[0] == 0
+    assert not (tmp_path / "run" / "restart-0").exists()
