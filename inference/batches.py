@@ -22,9 +22,10 @@ def lengths_of(data: Dataset) -> list[int]:
     >>> lengths_of(Dataset.from_dict({"input_ids": [[5, 6], [7]]}))
     [2, 1]
     """
-    if "input_ids" not in data.column_names:
+    try:
+        return [len(tokens) for tokens in data["input_ids"]]
+    except KeyError:
         return [1] * len(data)
-    return [len(tokens) for tokens in data["input_ids"]]
 
 
 def training_batches(

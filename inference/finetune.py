@@ -30,6 +30,7 @@ from bayes_lora.inference.assemble import assemble, configured_priors
 from bayes_lora.inference.backbone import load_backbone
 from bayes_lora.inference.bundle import read_bundle, write_bundle
 from bayes_lora.inference.chains import combine, pooled
+from bayes_lora.inference.checkpoint import CHECKPOINTS
 from bayes_lora.inference.child import in_a_child
 from bayes_lora.inference.cli import report_errors
 from bayes_lora.inference.config import FinetuneConfig, parse
@@ -85,7 +86,7 @@ def _restarts(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     if not (settings.resume and restarts(folder)):
         check_free(folder, OUTPUTS, settings.overwrite)
         processes.wait()  # all have looked at the folder: now it may change
-        open_folder(folder, OUTPUTS)
+        open_folder(folder, (*OUTPUTS, CHECKPOINTS))
         processes.wait()
     folders = [folder / f"restart-{k}" for k in range(settings.restarts)]
     for k, inner in processes.share(enumerate(folders)):

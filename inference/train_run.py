@@ -60,7 +60,6 @@ OUTPUTS = (
     "guide.safetensors",
     "head.safetensors",
     "posterior.nc",
-    CHECKPOINTS,
     *DIAGNOSIS,
 )
 
@@ -109,7 +108,7 @@ def train_run(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
         check_free(folder, ("metrics.json",), overwrite=False)
     processes.wait()  # all have looked at the folder: now it may change
     if checkpoint is None:
-        open_folder(folder, OUTPUTS)
+        open_folder(folder, (*OUTPUTS, CHECKPOINTS))
         header = [
             f"priors: {model.priors}",
             f"classes: {', '.join(data.task.label_names) or 'none'}",
