@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from bayes_lora.inference.images import PATHS
+
 
 def lengths_of(data: Dataset) -> list[int]:
     """Tokens of every example; images are all of one size, as of one token.
@@ -22,10 +24,9 @@ def lengths_of(data: Dataset) -> list[int]:
     >>> lengths_of(Dataset.from_dict({"input_ids": [[5, 6], [7]]}))
     [2, 1]
     """
-    try:
-        return [len(tokens) for tokens in data["input_ids"]]
-    except KeyError:
+    if PATHS in getattr(data, "column_names", ()):
         return [1] * len(data)
+    return [len(tokens) for tokens in data["input_ids"]]
 
 
 def training_batches(
