@@ -36,8 +36,10 @@ class NumericalError(ArithmeticError):
     """Training left the finite numbers; the message names step and term (exit code 1)."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal stopped the work where it can go on; the message says how (exit code 128 + signal).
+
+    As Ctrl-C's own, it is no `Exception`: it passes whoever goes on after those.
 
     Parameters
     ----------

@@ -7,16 +7,16 @@ import os
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from types import FrameType
-from typing import NoReturn
 
 import torch
 
 from bayes_lora.errors import InputError, Interrupted
-from bayes_lora.inference.signals import handled
+from bayes_lora.inference.signals import at_once
 
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which a launcher tells a process of the others."""
+
+STOPPED = "what is finished is kept, and the same command goes on (that of finetune with --resume)"
 
 
 def in_a_child(name: object, function: Callable[..., object], *arguments: object) -> None:
@@ -40,7 +40,7 @@ def in_a_child(name: object, function: Callable[..., object], *arguments: object
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_report, args=(sender, function, *arguments))
     try:
-        with handled(_interrupted, signal.SIGTERM):
+        with at_once(STOPPED, signal.SIGTERM):
             process.start()
             sender.close()
             error = receiver.recv()
@@ -66,15 +66,7 @@ def _report(sender: Connection, function: Callable[..., object], *arguments: obj
         torch.cuda.set_device(int(launched["LOCAL_RANK"]))
     try:
         function(*arguments)
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         sender.send(error)
     else:
         sender.send(None)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted(
-        "stopped by SIGTERM; what is finished is kept, and the same command goes on "
-        "(that of finetune with --resume)",
-        number,
-    )

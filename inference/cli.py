@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from bayes_lora.errors import InputError, Interrupted, NumericalError
+from bayes_lora.inference.signals import at_once
 
 COMMANDS = {
     "finetune": "finetune",
@@ -68,7 +69,8 @@ def report_errors(command: Callable[[Sequence[str]], None], arguments: Sequence[
         reads its output has gone.
     """
     try:
-        command(arguments)
+        with at_once("no file is half written", signal.SIGTERM):
+            command(arguments)
         sys.stdout.flush()
     except InputError as error:
         print(f"bayes-lora: error: {error}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C while training: the step under way is finished, and a checkpoint written."""
+"""SIGTERM and Ctrl-C: while training, the step under way is finished, and a checkpoint written.
+
+At other times the work ends at once, and what it had begun to write is taken away.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from bayes_lora.errors import Interrupted
 
@@ -32,8 +36,7 @@ class Pending:
             With the name of the signal, and the message, which says how to go on.
         """
         if self.signal is not None:
-            name = signal.Signals(self.signal).name
-            raise Interrupted(f"stopped by {name}; {message}", self.signal)
+            raise _stopped(self.signal, message)
 
 
 @contextmanager
@@ -46,6 +49,21 @@ def held_back() -> Iterator[Pending]:
 
     with handled(note, signal.SIGTERM, signal.SIGINT):
         yield pending
+
+
+@contextmanager
+def at_once(message: str, *numbers: int) -> Iterator[None]:
+    """Have the first of some signals raise Interrupted inside the block, with the message."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _stopped(number, message)
+
+    with handled(stop, *numbers):
+        yield
+
+
+def _stopped(number: int, message: str) -> Interrupted:
+    return Interrupted(f"stopped by {signal.Signals(number).name}; {message}", number)
 
 
 @contextmanager

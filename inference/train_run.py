@@ -8,6 +8,7 @@ by side (`processes`).
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import warnings
@@ -40,7 +41,7 @@ from bayes_lora.inference.predict import predict
 from bayes_lora.inference.prepared import Prepared, prepare
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.results import finished, write_results
-from bayes_lora.inference.signals import held_back
+from bayes_lora.inference.signals import at_once, held_back
 from bayes_lora.inference.state import Training, numbers, tensors, trained_state
 from bayes_lora.inference.train import fit
 from bayes_lora.inference.trained import write_task
@@ -121,12 +122,17 @@ def train_run(config: FinetuneConfig, priors: Priors) -> dict[str, float]:
     gates, history, unsettled = _train(
         config, data, model, guide, phases, optimisation, keeper, checkpoint, begun
     )
-    with processes.drawing_alike():
+    with at_once(_go_on(folder), signal.SIGTERM, signal.SIGINT), processes.drawing_alike():
         metrics = write_results(
             folder, config, data, model, guide, gates, history, unsettled, begun
         )
     keeper.clear()
     return metrics
+
+
+def _go_on(folder: Path) -> str:
+    """How to, after a signal."""
+    return f"the same command with --resume goes on after the last checkpoint in {folder}"
 
 
 def _train(
@@ -150,7 +156,7 @@ def _train(
         parts = fixed_batches(data.train, data.collate, settings.batch_size, settings.seed)
         steps += ceil(refine_epochs * len(parts) / DRAWS)
     unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
-    stopped = f"the same command with --resume goes on after the last checkpoint in {folder}"
+    stopped = _go_on(folder)
 
     def refined(terms: dict[str, float]) -> None:
         history.refined(terms)

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -221,6 +222,24 @@ def test_what_a_disk_refuses_is_one_line(number, advice, capsys):
     error = capsys.readouterr().err
     assert f"{os.strerror(number)}, runs/a: {advice}" in error
     assert error.count("\n") == 1
+
+
+def test_sigterm_ends_any_command_in_one_line(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    begun = []
+
+    def command(words):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:  # as libraries have it
+            begun.append("went on")
+        begun.append("went on")
+
+    assert report_errors(command, []) == 143
+    error = capsys.readouterr().err
+    assert error == "bayes-lora: stopped by SIGTERM; no file is half written\n"
+    assert not begun
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(("number", "file"), [(errno.ENOENT, "template"), (errno.EPERM, None)])

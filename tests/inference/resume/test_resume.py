@@ -6,7 +6,7 @@ import signal
 import pytest
 from accelerate.state import AcceleratorState
 
-from bayes_lora.inference import cells, checkpoint, processes
+from bayes_lora.inference import cells, checkpoint, processes, results
 from bayes_lora.inference.checkpoint import found
 from bayes_lora.inference.cli import main
 
@@ -106,6 +106,26 @@ def test_a_signal_writes_a_checkpoint_and_says_so(
     assert "--resume" in err
     assert found(tmp_path / "run" / "checkpoints")[-1].name == f"step-{step}"
     assert command(resume="")[0] == 0
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_results_are_written_keeps_the_training(
+    command, whole, tmp_path, monkeypatch, number, same
+):
+    def signalled(*arguments):
+        signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "sample_posterior", signalled)
+        code, _, err = command()
+    assert code == 128 + number
+    assert f"by {number.name}" in err
+    assert "--resume" in err
+    history = tmp_path / "run" / "history.csv"
+    trained = history.read_bytes()
+    assert command(resume="")[0] == 0
+    assert history.read_bytes() == trained  # no step is done again
     same(tmp_path / "run", whole)
 
 
