@@ -85,7 +85,9 @@ def peft_step(method: str, size: Size, dtype: torch.dtype) -> Step:
     batch, backbone = inputs(size.tokens), cut(size.blocks)
     labels = batch.pop("labels")
     steps = 10_000  # of a training that is in its middle
-    baseline = build(method, Setting(backbone, size.rank, ALPHA, "all-linear", steps, lambda: ()))
+    baseline = build(
+        method, Setting(backbone, size.rank, ALPHA, "all-linear", steps, lambda: (), ())
+    )
     network = baseline.network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)

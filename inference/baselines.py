@@ -15,8 +15,8 @@ as LoRA's adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import cast
 
@@ -28,6 +28,7 @@ from bayes_lora.costs import relative_bops, uniform_bits
 from bayes_lora.errors import InputError
 from bayes_lora.inference.backbone import Backbone
 from bayes_lora.inference.published import AdaLoRASettings
+from bayes_lora.layers import TENSORS
 from bayes_lora.network import AdaptedNetwork, Batch, Latents
 from bayes_lora.targets import (
     LayerSpec,
@@ -42,7 +43,6 @@ ADALORA_INITIAL = 1.5  # times the rank, as the authors have it
 ADALORA_SCHEDULE = (0.1, 0.3)  # of the steps: before pruning starts, after it has ended
 PRUNINGS = 50
 ORTHOGONALITY = 0.1  # weight of AdaLoRA's regularizer
-UNQUANTIZED_SHARE = 0.25  # of the steps: uniform bits begin where Bayesian LoRA's quantizers do
 
 
 @dataclass
@@ -57,8 +57,8 @@ class Baseline:
         Its bit operations as a share of those of 32 x 32 bit LoRA of full rank.
     ranks : function
         Rank of every adapter, or None where there is no such thing.
-    bits : int
-        Of all quantized tensors.
+    bits : mapping of str to int
+        Of every quantized tensor.
     penalty : function
         Added to the loss, in nats per example.
     after_step : function
@@ -68,7 +68,7 @@ class Baseline:
     network: nn.Module
     relative_bops: Callable[[], float]
     ranks: Callable[[], Sequence[int] | None] = lambda: None
-    bits: int = 32
+    bits: Mapping[str, int] = field(default_factory=dict)
     penalty: Callable[[], Tensor | float] = lambda: 0.0
     after_step: Callable[[int], None] = lambda step: None
 
@@ -87,6 +87,10 @@ class Setting:
         Of the whole training.
     calibration : function
         Gives a few batches of inputs, to set the ranges of quantizers with.
+    calibrations : sequence of int
+        Steps before which the ranges of quantizers are set; with the first, quantization begins.
+    quantized_tensors : sequence of str
+        Of uniform bits.
     pruning : AdaLoRASettings, optional
         Of AdaLoRA; default: by rank and steps.
     """
@@ -97,6 +101,8 @@ class Setting:
     target_modules: str
     steps: int
     calibration: Callable[[], Iterable[Batch]]
+    calibrations: Sequence[int]
+    quantized_tensors: Sequence[str] = TENSORS
     pruning: AdaLoRASettings | None = None
 
     def __post_init__(self) -> None:
@@ -258,21 +264,24 @@ class UniformBits(nn.Module):
 def _uniform(setting: Setting, bits: int) -> Baseline:
     network = AdaptedNetwork(
         setting.backbone.model, rank=setting.rank, alpha=setting.alpha,
-        target_modules=setting.target_modules, trained_parameters=setting.backbone.new_parameters,
+        target_modules=setting.target_modules, quantized_tensors=setting.quantized_tensors,
+        trained_parameters=setting.backbone.new_parameters,
     )  # fmt: skip
     module = UniformBits(network, bits)
-    begin = round(UNQUANTIZED_SHARE * setting.steps)
 
     def after_step(step: int) -> None:
-        if step + 1 == begin:
+        if step + 1 in setting.calibrations:
+            was_training = module.training
             module.eval()
             network.calibrate(setting.calibration(), module.weights)
-            module.train()
+            module.train(was_training)
             module.quantized = True
 
     share = float(relative_bops(network, None, uniform_bits(network, bits)))
     ranks = [setting.rank] * len(setting.specs)
-    return Baseline(module, lambda: share, lambda: ranks, bits, after_step=after_step)
+    after_step(-1)  # if it is to begin with the first step
+    widths = dict.fromkeys(setting.quantized_tensors, bits)
+    return Baseline(module, lambda: share, lambda: ranks, widths, after_step=after_step)
 
 
 BASELINES: dict[str, Callable[[Setting], Baseline]] = {

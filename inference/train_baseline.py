@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from bayes_lora.costs import FULL_BITS
 from bayes_lora.errors import NumericalError
 from bayes_lora.inference.baselines import Baseline, Setting, build
 from bayes_lora.inference.batches import EndlessBatches, calibration_batches
@@ -28,6 +29,7 @@ from bayes_lora.inference.config import FinetuneConfig
 from bayes_lora.inference.files import check_free, open_folder, write_tensors, write_text
 from bayes_lora.inference.metrics import evaluate_predictions
 from bayes_lora.inference.optimisation import warmed_up_then_linear
+from bayes_lora.inference.phases import plan
 from bayes_lora.inference.predict import predictions
 from bayes_lora.inference.prepared import Prepared, prepare
 from bayes_lora.inference.published import as_published
@@ -46,7 +48,8 @@ def train_baseline(method: str, config: FinetuneConfig) -> dict[str, float]:
     method : str
         A name in `BASELINES`.
     config : FinetuneConfig
-        Data, network and training are looked at; all phases are one.
+        Data, network and training are looked at. All phases are one, but uniform bits begin, and
+        have their ranges set, where those of Bayesian LoRA do.
 
     Returns
     -------
@@ -126,8 +129,18 @@ def setting_of(config: FinetuneConfig, data: Prepared) -> Setting:
 
     return Setting(
         data.backbone, network.rank, network.alpha, network.target_modules,
-        data.steps(config.training.epochs), calibration,
+        data.steps(config.training.epochs), calibration, _calibrations(config, data),
+        tuple(network.quantized_tensors),
     )  # fmt: skip
+
+
+def _calibrations(config: FinetuneConfig, data: Prepared) -> list[int]:
+    """Steps before which `finetune` sets the ranges of its quantizers; the first begins them."""
+    settings = config.training
+    shares = (settings.warmup_share, settings.anneal_share, settings.joint_share)
+    phases = plan(data.steps(settings.epochs), shares, gated=True)
+    starts = accumulate((phase.steps for phase in phases), initial=0)
+    return [start for start, phase in zip(starts, phases, strict=False) if phase.gates != "open"]
 
 
 def judge(baseline: Baseline, data: Prepared) -> dict[str, float]:
@@ -146,7 +159,9 @@ def judge(baseline: Baseline, data: Prepared) -> dict[str, float]:
     }
     if ranks is not None:
         metrics["mean_rank"] = float(np.mean(ranks))
-    return metrics | {f"mean_bits_{tensor}": float(baseline.bits) for tensor in TENSORS}
+    return metrics | {
+        f"mean_bits_{tensor}": float(baseline.bits.get(tensor, FULL_BITS)) for tensor in TENSORS
+    }
 
 
 def trained(network: nn.Module, likelihood: nn.Module) -> dict[str, Tensor]:
@@ -199,5 +214,7 @@ def _fit(baseline: Baseline, config: FinetuneConfig, data: Prepared) -> float:
             found.append(float(torch.stack(log_likelihoods).mean()))
             progress.set_postfix_str(f"log lik {found[-1]:.3f} nats/example", refresh=False)
             progress.update()
+    # it is judged as all methods are, without the autocast that training has put around it
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     last = found[-data.steps(1) :]
     return float(np.mean(last)) * len(data.train)

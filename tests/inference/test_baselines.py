@@ -2,26 +2,28 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
 from bayes_lora.errors import InputError
+from bayes_lora.inference import train_baseline
 from bayes_lora.inference.backbone import Backbone
 from bayes_lora.inference.baselines import BASELINES, ORTHOGONALITY, Setting, build
+from bayes_lora.inference.cells import train_cell
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.published import SCORES, TASKS, as_published
 from bayes_lora.inference.truncation import truncate
+from bayes_lora.layers import TENSORS
+from bayes_lora.network import AdaptedNetwork
 
 
 @pytest.fixture
 def made(backbone, batch):
     """Build a baseline of rank 3 on a tiny BERT, for so many steps."""
 
-    def make(method, steps=100, pruning=None):
-        setting = Setting(
-            Backbone(backbone(), None, ()), rank=3, alpha=6.0, target_modules="all-linear",
-            steps=steps, calibration=lambda: [batch], pruning=pruning,
-        )  # fmt: skip
-        return build(method, setting)
+    def make(method, steps=100, calibrations=(1,), **setting):
+        where = Backbone(backbone(), None, ()), 3, 6.0, "all-linear"
+        return build(method, Setting(*where, steps, lambda: [batch], calibrations, **setting))
 
     return make
 
@@ -141,16 +143,34 @@ def test_adalora_needs_steps_to_prune_in(made):
         made("adalora", steps=1)
 
 
-def test_uniform_bits_begin_after_a_quarter_of_the_steps(made, batch):
-    baseline = made("lora_4bit", steps=8)
-    baseline.network.eval()
-    before = baseline.network(**batch).logits
+def test_uniform_bits_begin_and_have_their_ranges_set_when_they_are_told_to(made, batch):
+    baseline = made("lora_4bit", steps=8, calibrations=[2, 5])
+    network = baseline.network.eval()
+    before = network(**batch).logits
     baseline.after_step(0)
-    torch.testing.assert_close(baseline.network(**batch).logits, before)
+    torch.testing.assert_close(network(**batch).logits, before)
     baseline.after_step(1)
-    assert (baseline.network(**batch).logits - before).abs().max() > 0.01
+    assert (network(**batch).logits - before).abs().max() > 0.01
     assert baseline.relative_bops() == pytest.approx(1 / 64)
-    assert baseline.bits == 4
+    assert baseline.bits == dict.fromkeys(TENSORS, 4)
+    ranges = {n: b.clone() for n, b in network.named_buffers() if n.endswith("_limits")}
+
+    def moved():
+        return [n for n, b in network.named_buffers() if n in ranges and not b.equal(ranges[n])]
+
+    with torch.no_grad():
+        network.weights *= 3.0
+    baseline.after_step(3)
+    assert moved() == []
+    baseline.after_step(4)
+    assert moved()
+
+
+def test_uniform_bits_are_of_the_tensors_that_are_quantized(made):
+    baseline = made("lora_8bit", quantized_tensors=["weight", "A"])
+    assert baseline.bits == {"weight": 8, "A": 8}
+    assert list(baseline.network.network.quantized_tensors) == ["weight", "A"]
+    assert 8 / 32 < baseline.relative_bops() < 1.0  # activations are in full precision
 
 
 def test_truncation_keeps_the_largest_singular_values_of_all_layers(backbone):
@@ -172,3 +192,70 @@ def test_truncation_keeps_the_largest_singular_values_of_all_layers(backbone):
         u, s, vh = torch.linalg.svd(whole)
         best = (u[:, :rank] * s[:rank]) @ vh[:rank]
         torch.testing.assert_close(delta, best, atol=1e-4, rtol=1e-4)
+
+
+def test_calibrations_are_where_the_phases_of_finetune_have_them(
+    small_run, few_draws, tmp_path, monkeypatch
+):
+    """Counted in the steps that each has done, over all calls."""
+    words = [f for n, v in small_run.items() for f in (f"--{n}", str(v))]
+    words += ["--epochs", "3", "--batch_size", "20", "--draws", "2", "--refine_epochs", "0"]
+    steps = []
+
+    def counted(function):
+        def count(self, *arguments, **named):
+            steps.append(1)
+            return function(self, *arguments, **named)
+
+        return count
+
+    calibrated = {}
+    for method in ("qr", "lora_8bit"):
+        found = calibrated[method] = []
+        steps.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", counted(torch.optim.AdamW.step))
+            calibrate = AdaptedNetwork.calibrate
+
+            def spy(network, *arguments, found=found, calibrate=calibrate):
+                found.append(len(steps))
+                calibrate(network, *arguments)
+
+            patch.setattr(AdaptedNetwork, "calibrate", spy)
+            train_cell(method, words, tmp_path / method)
+    assert calibrated["qr"] == calibrated["lora_8bit"]
+    assert len(set(calibrated["qr"])) == 3
+
+
+def test_a_baseline_is_judged_without_autocast(small_run, tmp_path, monkeypatch):
+    words = [f for n, v in small_run.items() for f in (f"--{n}", str(v))]
+    types, judge = {}, train_baseline.judge
+
+    def dtype_in(when):
+        def note(module, inputs, output):
+            types.setdefault(when[0], set()).add(output.dtype)
+
+        return note
+
+    when = ["training"]
+
+    def judged(baseline, data):
+        when[0] = "judging"
+        return judge(baseline, data)
+
+    fit = train_baseline._fit
+
+    def fitted(baseline, config, data):
+        next(
+            m for m in baseline.network.modules() if isinstance(m, torch.nn.Linear)
+        ).register_forward_hook(dtype_in(when))
+        return fit(baseline, config, data)
+
+    monkeypatch.setattr(train_baseline, "judge", judged)
+    monkeypatch.setattr(train_baseline, "_fit", fitted)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        train_cell("full", [*words, "--mixed_precision", "bf16"], tmp_path / "run")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert types == {"training": {torch.bfloat16}, "judging": {torch.float32}}
