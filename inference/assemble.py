@@ -149,3 +149,14 @@ def _check_budget(model: BayesianLoRA, budget: float) -> None:
             f"target_bops is {budget}, but with every gate closed {float(least):.4g} are left: "
             "give more, or gates to more tensors (--method, --quantized_tensors, --target_modules)"
         )
+    most = float(
+        relative_bops(
+            network,
+            torch.ones(network.rank_gate_shape) if model.rank_gates else None,
+            torch.ones(network.bit_gate_shape) if model.bit_gates else None,
+        )
+    )
+    if budget > most:
+        raise InputError(
+            f"target_bops is {budget}, but with every gate open it is {most:.4g}: give less"
+        )

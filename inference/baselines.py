@@ -139,9 +139,11 @@ def _full(setting: Setting) -> Baseline:
 
 
 def _bitfit(setting: Setting) -> Baseline:
-    for name, parameter in setting.backbone.model.named_parameters():
-        if name.endswith("bias"):
-            parameter.requires_grad_(True)
+    biases = [p for n, p in setting.backbone.model.named_parameters() if n.endswith("bias")]
+    if not biases:
+        raise InputError("this backbone has no bias vectors for bitfit to train")
+    for parameter in biases:
+        parameter.requires_grad_(True)
     return Baseline(setting.backbone.model, lambda: setting.share(0))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,51 @@ def in_a_process(method: str, words: Sequence[str], folder: Path) -> dict[str, f
 
 def finished(method: str, words: Sequence[str], folder: Path) -> dict[str, float] | None:
     """Metrics of a cell, or None if it is not trained, or not to its end."""
-    try:
-        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = _read(folder)
+    if found is None:
         return None
+    cell, metrics = found
     if cell["method"] != method or _config(cell["options"], folder) != _config(words, folder):
         raise InputError(
             f"{folder} was trained with other options ({' '.join(cell['options'])}): "
             "name another --output_dir, or remove that folder"
         )
-    return metrics if "peak_memory_mb" in metrics else None
+    return metrics
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, float]] | None:
+    try:
+        cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return (cell, metrics) if "peak_memory_mb" in metrics else None
+
+
+def all_finished(
+    folders: Iterable[Path],
+) -> Iterator[tuple[Path, str, list[str], dict[str, float]]]:
+    """Folder, method, options and metrics of every one of these that is a finished cell."""
+    for folder in folders:
+        if found := _read(folder):
+            yield folder, found[0]["method"], found[0]["options"], found[1]
+
+
+def refuse(words: Sequence[str], chosen: Mapping[str, str]) -> None:
+    """Refuse options that a command gives its cells itself.
+
+    Raises
+    ------
+    InputError
+        If one is among `words`; it says which option of the command is meant.
+    """
+    names = {word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")}
+    for name, instead in chosen.items():
+        if name in names:
+            raise InputError(f"--{name} is chosen for every cell: give {instead}")
+    for name in ("resume", "overwrite"):
+        if name in names:
+            raise InputError(f"leave --{name} out: what is finished is kept, the rest goes on")
 
 
 def train_cell(method: str, words: Sequence[str], folder: Path) -> None:

@@ -25,10 +25,11 @@ COLUMNS = {
     "relative_bops_16": ("of 16 x 16", ".1%"),
     "seconds": ("seconds", ".0f"),
     "peak_memory_mb": ("peak MiB", ".0f"),
-    "learning_rate": ("rate", ".0e"),
+    "learning_rate": ("rate", "g"),
 }
 """Metrics that are shown: their heading, and how they are written."""
 
+OF_ONE_TASK = ("nll", "ece", "averaged_nll", "averaged_ece", "learning_rate")
 FIXED = {"trainable_parameters", "learning_rate"}  # the same for all seeds
 REFERENCE = "lora"
 
@@ -66,23 +67,26 @@ def table(cells: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         Of str. `p` is of a paired two-sided t test of the scores against those of `lora`, over
         the seeds that both have; empty for fewer than two. With several tasks there is also the
-        mean over tasks, whose pairs are all tasks and seeds.
+        mean over tasks, of the seeds that have all of them; its pairs are these means. Neither
+        NLL nor ECE has one, which of classes and of densities are different things.
     """
     rows = []
     tasks = list(dict.fromkeys(cells["task"]))
     for task in [*tasks, *(["mean"] if len(tasks) > 1 else [])]:
-        here = cells if task == "mean" else cells[cells["task"] == task]
+        here = _means(cells, len(tasks)) if task == "mean" else cells[cells["task"] == task]
         for method in dict.fromkeys(here["method"]):
             mine = here[here["method"] == method]
-            if task == "mean" and set(mine["task"]) != set(tasks):
-                continue
-            values = mine if task != "mean" else mine.groupby("seed", as_index=False).mean(
-                numeric_only=True
-            )  # fmt: skip
             row = {"task": task, "method": method}
-            row |= {h: _cell(values[c], f, c in FIXED) for c, (h, f) in COLUMNS.items()}
+            row |= {h: _cell(mine[c], f, c in FIXED) for c, (h, f) in COLUMNS.items()}
             rows.append(row | {"p": _paired(here, method)})
     return pd.DataFrame(rows)
+
+
+def _means(cells: pd.DataFrame, tasks: int) -> pd.DataFrame:
+    """Over the tasks, of every method and seed that has all of them, what has a mean."""
+    groups = cells.drop(columns="task").groupby(["method", "seed"], sort=False, as_index=False)
+    means = groups.mean()[(groups["score"].count()["score"] == tasks).to_numpy()]
+    return means.assign(task="mean", **dict.fromkeys(OF_ONE_TASK, np.nan))
 
 
 def _cell(values: pd.Series, form: str, fixed: bool) -> str:
@@ -100,7 +104,7 @@ def _paired(cells: pd.DataFrame, method: str) -> str:
     pairs = scores[[method, REFERENCE]].dropna()
     if len(pairs) < 2 or (pairs[method] - pairs[REFERENCE]).std() == 0:
         return ""
-    return f"{stats.ttest_rel(pairs[method], pairs[REFERENCE]).pvalue:.2f}"
+    return f"{stats.ttest_rel(pairs[method], pairs[REFERENCE]).pvalue:.2g}"
 
 
 def markdown(rows: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bayes_lora.errors import InputError
-from bayes_lora.inference.cells import in_a_process
+from bayes_lora.inference.cells import in_a_process, refuse
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.files import write_figure, write_text
@@ -40,6 +40,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     options, words = parser.parse_known_args(arguments)
+    refuse(words, {"price": "--prices", "target_bops": "--prices", "seed": "--seeds"})
     for price in options.prices:  # a wrong option is an error before anything is trained
         config = parse([*words, "--price", str(price), "--output_dir", "x"])
     method = config.posterior.method

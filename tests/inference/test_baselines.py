@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
+from transformers import BertForSequenceClassification
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference import train_baseline
@@ -136,6 +137,14 @@ def test_published_means_are_those_that_the_authors_state():
     stated = {"full": 0.8809, "lora": 0.8834, "adalora": 0.8931}
     for method, scores in SCORES.items():
         assert sum(scores) / len(TASKS) == pytest.approx(stated[method], abs=1e-4)  # two digits
+
+
+def test_bitfit_needs_biases(made, monkeypatch):
+    monkeypatch.setattr(
+        BertForSequenceClassification, "named_parameters", lambda *_, **__: iter(())
+    )
+    with pytest.raises(InputError, match="no bias vectors"):
+        made("bitfit")
 
 
 def test_adalora_needs_steps_to_prune_in(made):

@@ -35,6 +35,7 @@ from bayes_lora.network import AdaptedNetwork
         ({"seed": 2**32 - 1, "restarts": 2}, "restarts counted in"),
         ({"data_seed": -1}, "data_seed is -1"),
         ({"target_bops": 2}, "target_bops is 2"),
+        ({"target_bops": 0.3}, r"with every gate open it is 0\.25"),
         ({"target_bops": 0.05, "method": "lora"}, "choose another method than lora"),
         ({"target_bops": 0.1, "joint_share": 0}, "target_bops needs joint steps"),
         ({"target_bops": 0.05, "method": "r"}, r"every gate closed 0\.[78]\d* are left"),
@@ -194,8 +195,8 @@ def test_predictions_that_are_not_finite_are_one_line(command, monkeypatch):
 
 
 def test_a_budget_that_was_missed_is_said(command):
-    with pytest.warns(UserWarning, match=r"not the 90\.00% wanted: the data ask for no more"):
-        assert command(target_bops=0.9, epochs=1)[0] == 0
+    with pytest.warns(UserWarning, match=r"not the 10\.00% wanted: the data ask for more"):
+        assert command(target_bops=0.1, gate_learning_rate=1e-9)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,10 @@ def test_one_run_a_price_is_trained_once(run_frontier, tmp_path):
     [
         (["--method", "lora"], "needs gates"),
         (["--prices", "-1"], "price is -1"),
-        (["--target_bops", "0.1"], "exclude each other"),
+        (["--target_bops", "0.1"], "give --prices"),
+        (["--price=3"], "give --prices"),
+        (["--seed", "7"], "give --seeds"),
+        (["--resume"], "leave --resume out"),
         (["--prices", "cheap"], "invalid float value"),
     ],
 )

@@ -15,7 +15,7 @@ CASES = {
     "by length": ({"train_sampling_strategy": "group_by_length"}, (4,)),
     "refined": ({"method": "r", "refine_epochs": 1}, (6,)),
     "normal": ({"method": "lora", "weight_posterior": "normal"}, (2,)),
-    "budget": ({"target_bops": 0.5}, (5,)),
+    "budget": ({"target_bops": 0.2}, (5,)),
     "nothing settles": ({"joint_share": 0.55}, (3, 7)),
 }
 """Options, and after which checkpoint the run is killed; the last one is that of all steps."""
