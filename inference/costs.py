@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -139,6 +140,7 @@ def costs(network: AdaptedNetwork, widths: Sequence[int]) -> dict[str, Any]:
         "lora_parameters": adapters,
         "scale_parameters": rank * len(specs),
         "head_parameters": head,
+        "stacked_parameters": sum(p.numel() for p in _stacked(network)),
         "trainable_parameters": network.num_adapter_weights + head,
         "macs": sum(layer["macs"] for layer in layers.values()) + network.frozen_macs,
         "at_bits": {},
@@ -163,6 +165,13 @@ def costs(network: AdaptedNetwork, widths: Sequence[int]) -> dict[str, Any]:
     return {"network": whole, "layers": layers}
 
 
+def _stacked(network: AdaptedNetwork) -> Iterator[nn.Parameter]:
+    """Weights of several matrices in one tensor; kernels of convolutions look like them."""
+    for module in network.backbone.modules():
+        if "conv" not in type(module).__name__.lower():
+            yield from (p for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) > 1)
+
+
 def text(name: str, network: AdaptedNetwork, found: dict[str, Any]) -> str:
     """The costs as a person reads them; layers of the same kind and size share a line."""
     whole = found["network"]
@@ -176,10 +185,11 @@ def text(name: str, network: AdaptedNetwork, found: dict[str, Any]) -> str:
         "",
         f"{'layers':>6}  {'kind':32} {'in':>6} {'out':>6} {'MACs a token':>14} {'adapter':>10}",
     ]
-    alike: dict[tuple[str, int, int], list[str]] = {}
+    alike: dict[tuple[str, int, int, int], list[str]] = {}
     for spec in network.specs:
-        alike.setdefault((spec.kind, spec.in_features, spec.out_features), []).append(spec.path)
-    for (kind, columns, rows), paths in alike.items():
+        size = spec.in_features, spec.out_features, spec.uses
+        alike.setdefault((spec.kind, *size), []).append(spec.path)
+    for (kind, columns, rows, _), paths in alike.items():
         one = found["layers"][paths[0]]
         lines.append(
             f"{len(paths):>6}  {kind:32} {columns:>6} {rows:>6} {one['macs']:>14,} "
@@ -188,6 +198,12 @@ def text(name: str, network: AdaptedNetwork, found: dict[str, Any]) -> str:
     if network.frozen_macs:
         lines.append(f"        without an adapter, at 32 bits {network.frozen_macs:>30,}")
     lines += [f"        all together {whole['macs']:>47,}", ""]
+    if whole["stacked_parameters"]:
+        lines += [
+            f"Not counted: {whole['stacked_parameters']:,} parameters of matrices in stacks, as "
+            "experts have them; they get no adapter and are not quantized",
+            "",
+        ]
     lines.append(f"{'':32}" + "".join(f"{f'{bits} bits':>16}" for bits in whole["at_bits"]))
     for label, key, form in (
         ("bit operations a token", "bit_operations", ".4g"),
@@ -206,7 +222,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="bayes-lora costs", description="Costs of an adapted network.", allow_abbrev=False
     )
-    parser.add_argument("--backbone", help="name on the hub, folder, or config.json")
+    named = f"name on the hub, folder, or config.json; default: {DEMO}"
+    parser.add_argument("--backbone", help=named)
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
     parser.add_argument(
         "--target_modules", default="all-linear", help="as of finetune: all-linear, or a regex"
@@ -215,7 +232,11 @@ def run(arguments: Sequence[str] | None = None) -> None:
         "--quantized_tensors", nargs="+", default=TENSORS, help=f"of {', '.join(TENSORS)}"
     )
     parser.add_argument(
-        "--bits", type=int, default=8, choices=(*WIDTHS, FULL_BITS), help="beside 32 and 16"
+        "--bits",
+        type=int,
+        default=8,
+        choices=(*WIDTHS, FULL_BITS),
+        help="a third width; 32 and 16 are shown too",
     )
     parser.add_argument("--json", type=Path, help="file for all costs, by layer as well")
     options = parser.parse_args(arguments)

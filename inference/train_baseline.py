@@ -37,7 +37,7 @@ from bayes_lora.inference.train import CALIBRATION_BATCHES
 from bayes_lora.inference.truncation import truncate
 from bayes_lora.layers import TENSORS
 
-OUTPUTS = ("config.yaml", "metrics.json", "trained.safetensors")
+OUTPUTS = ("config.yaml", "metrics.json", "ranks.json", "trained.safetensors")
 
 
 def train_baseline(method: str, config: FinetuneConfig) -> dict[str, float]:
@@ -71,11 +71,13 @@ def train_baseline(method: str, config: FinetuneConfig) -> dict[str, float]:
     if method == "adalora_published":
         config, pruning = as_published(config)
     data = prepare(config)
-    baseline = build(method, replace(setting_of(config, data), pruning=pruning))
+    setting = replace(setting_of(config, data), pruning=pruning)
+    baseline = build(method, setting)
     open_folder(folder, OUTPUTS)
     write_text(folder / "config.yaml", config.to_yaml([f"method: {method}"]))
     log_likelihood = _fit(baseline, config, data)
     metrics = judge(baseline, data) | {"log_likelihood": log_likelihood}
+    _write_ranks(folder, setting, baseline)
     metrics["seconds"] = time.monotonic() - started
     write_tensors(folder / "trained.safetensors", trained(baseline.network, data.likelihood))
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -114,8 +116,17 @@ def truncated_lora(config: FinetuneConfig, task_folder: Path) -> dict[str, float
     open_folder(folder, OUTPUTS)
     write_text(folder / "config.yaml", config.to_yaml(["method: lora_svd"]))
     metrics = judge(cut, data) | {"seconds": time.monotonic() - started}
+    _write_ranks(folder, setting, cut)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _write_ranks(folder: Path, setting: Setting, baseline: Baseline) -> None:
+    """Of every adapter, by the path of its layer; nothing where there is no such thing."""
+    if (ranks := baseline.ranks()) is not None:
+        paths = (spec.path for spec in setting.specs)
+        by_path = dict(zip(paths, ranks, strict=True))
+        write_text(folder / "ranks.json", json.dumps(by_path, indent=2) + "\n")
 
 
 def setting_of(config: FinetuneConfig, data: Prepared) -> Setting:

@@ -43,6 +43,10 @@ def test_every_method_fills_its_cell(run_compare, tmp_path):
     assert shares["lora_4bit"] == pytest.approx(1 / 64)
     assert shares["full"] < shares["lora_svd"] <= shares["lora"] < 1.001
     assert cells["mean_rank"]["adalora"] == 3
+    for method in ("adalora", "lora_svd"):
+        ranks = json.loads((tmp_path / f"out/custom/{method}/seed-3/ranks.json").read_text())
+        assert np.mean(list(ranks.values())) == cells["mean_rank"][method]
+        assert len(ranks) == 12
     # no larger than qr, and no component more would fit
     folder = tmp_path / "out" / "custom"
     size = json.loads((folder / "qr" / "seed-3" / "metrics.json").read_text())

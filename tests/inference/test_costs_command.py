@@ -9,6 +9,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MarianConfig,
+    MixtralConfig,
     ViTConfig,
     ViTMAEConfig,
 )
@@ -153,3 +154,30 @@ def test_errors_are_one_line(words, said, inputs, capsys):
     errors = capsys.readouterr().err
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_experts_in_a_stack_are_said_not_to_be_counted(tmp_path, capsys):
+    MixtralConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    target = tmp_path / "costs.json"
+    assert main(["costs", "--backbone", str(tmp_path), "--json", str(target)]) == 0
+    stacked = 2 * 4 * 3 * 32 * 64
+    assert json.loads(target.read_text())["network"]["stacked_parameters"] == stacked
+    assert f"Not counted: {stacked:,} parameters" in capsys.readouterr().out
+
+
+def test_layers_that_are_used_more_or_less_often_have_lines_of_their_own(tmp_path, capsys):
+    AlbertConfig(
+        vocab_size=60, embedding_size=16, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=3, num_hidden_groups=2, num_attention_heads=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert main(["costs", "--backbone", str(tmp_path), "--rank", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "Not counted" not in out
+    once = 32 * 32 + 4 * (32 + 32 + 1)
+    lines = [line.split() for line in out.splitlines() if "attention.query" in line]
+    assert sorted((int(n), int(macs.replace(",", ""))) for n, *_, macs, _ in lines) == [
+        (1, once), (1, 2 * once)
+    ]  # fmt: skip
