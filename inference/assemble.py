@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from pyro.nn import PyroModule
+from torch import Tensor
 
 from bayes_lora.costs import relative_bops
 from bayes_lora.errors import InputError, one_line
@@ -139,23 +141,18 @@ def _check_budget(model: BayesianLoRA, budget: float) -> None:
     network = model.network
     if not model.gated:
         raise InputError("target_bops needs gates: choose another method than lora")
-    least = relative_bops(
-        network,
-        torch.zeros(network.rank_gate_shape) if model.rank_gates else None,
-        torch.zeros(network.bit_gate_shape) if model.bit_gates else None,
-    )
-    if budget <= float(least):
+
+    def share(gates: Callable[..., Tensor]) -> float:
+        rank_gate = gates(network.rank_gate_shape) if model.rank_gates else None
+        bit_gate = gates(network.bit_gate_shape) if model.bit_gates else None
+        return float(relative_bops(network, rank_gate, bit_gate))
+
+    least, most = share(torch.zeros), share(torch.ones)
+    if budget <= least:
         raise InputError(
-            f"target_bops is {budget}, but with every gate closed {float(least):.4g} are left: "
+            f"target_bops is {budget}, but with every gate closed {least:.4g} are left: "
             "give more, or gates to more tensors (--method, --quantized_tensors, --target_modules)"
         )
-    most = float(
-        relative_bops(
-            network,
-            torch.ones(network.rank_gate_shape) if model.rank_gates else None,
-            torch.ones(network.bit_gate_shape) if model.bit_gates else None,
-        )
-    )
     if budget > most:
         raise InputError(
             f"target_bops is {budget}, but with every gate open it is {most:.4g}: give less"

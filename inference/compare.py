@@ -88,7 +88,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"--{name} names {most} more than once")
     if "lora_svd" in options.methods and not {"lora", "qr"} <= set(options.methods):
         raise InputError("lora_svd cuts lora down to the size of qr: name both methods before it")
-    for task in options.tasks:  # a wrong option is an error before anything is trained
+    out: Path = options.output_dir
+    check_free(out, (), overwrite=False)
+    for task in options.tasks:  # what is wrong is an error before anything is trained
         mine = [*words, "--task", task, "--output_dir", "x"]
         config = parse(mine)
         for name in ("seed", "learning_rate"):
@@ -96,14 +98,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
                 parse([*mine, f"--{name}", str(value)])
         if "adalora_published" in options.methods:
             published_rate([*words, "--task", task])
+        load_task(config.data, data_seed(config.training))
     beside = BACKBONE in str(config.network.backbone).lower()
     if importlib.util.find_spec("peft") is None and not set(options.methods) <= set(FINETUNED):
         raise InputError("LoRA and AdaLoRA are PEFT's: pip install 'bayes-lora[compare]'")
-    out: Path = options.output_dir
-    check_free(out, (), overwrite=False)
-    for task in options.tasks:
-        config = parse([*words, "--task", task, "--output_dir", "x"])
-        load_task(config.data, data_seed(config.training))
     report = ""
     for seed in options.seeds:
         for task in options.tasks:

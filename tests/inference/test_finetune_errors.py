@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bayes_lora.inference import assemble
+from bayes_lora.inference import assemble, train_run
 from bayes_lora.inference.cli import main, report_errors
 from bayes_lora.models.priors import CostWeightedGates, IndependentGates, Priors
 from bayes_lora.network import AdaptedNetwork
@@ -198,6 +198,15 @@ def test_a_budget_that_was_missed_is_said(command):
     # gates that cannot move, all more probably open
     with pytest.warns(UserWarning, match=r"not the 1\.00% wanted: the data ask for more"):
         assert command(target_bops=0.01, gate_learning_rate=1e-9)[0] == 0
+
+
+def test_a_budget_that_the_data_do_not_ask_for_is_said(command, monkeypatch):
+    def close_bits(model, guide):
+        guide.bit_logits.data.fill_(-5.0)
+
+    monkeypatch.setattr(train_run, "meet_budget", close_bits)
+    with pytest.warns(UserWarning, match=r"not the 20\.00% wanted: the data ask for no more"):
+        assert command(target_bops=0.2)[0] == 0
 
 
 @pytest.mark.parametrize(
