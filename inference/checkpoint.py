@@ -2,6 +2,7 @@
 
     OUT/checkpoints/step-120/state.safetensors    tensors
                              state.json           numbers, the run they are of, and a digest
+                    step-120-refined-7            after 7 iterations of the refinement
 
 A checkpoint is written under another name, flushed to the disk, and then renamed; so whenever the
 process is killed, what has the name of a checkpoint is one. The digest tells if a file was damaged
@@ -44,6 +45,8 @@ OTHER = {"data": "other data", "frozen": "another backbone"}
 
 CHECKPOINTS = "checkpoints"
 """Folder of all checkpoints in that of the run."""
+
+NAME = re.compile(r"step-(\d+)(?:-refined-(\d+))?")
 
 ANY_VALUE = {
     "output_dir", "overwrite", "resume", "restarts", "prior_predictive",
@@ -113,7 +116,7 @@ class Keeper:
                 "whole: mend that, and go on with --resume"
             ) from error
         # one of a later step was refused, so it is not one of those that are kept
-        mine = [p for p in found(self.folder) if _step(p) <= checkpoint.numbers["step"]]
+        mine = [p for p in found(self.folder) if _place(p.name) <= _place(_name(checkpoint))]
         for old in mine[: -self.limit]:
             shutil.rmtree(old)
 
@@ -125,12 +128,17 @@ class Keeper:
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the last one at the end."""
-    names = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(names, key=_step)
+    paths = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: _place(path.name))
 
 
-def _step(path: Path) -> int:
-    return int(path.name[5:])
+def _name(checkpoint: Checkpoint) -> str:
+    step, refined = checkpoint.numbers["step"], checkpoint.numbers["refined"]
+    return f"step-{step}-refined-{refined}" if refined else f"step-{step}"
+
+
+def _place(name: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in NAME.fullmatch(name).groups(0))  # type: ignore[union-attr]
 
 
 def last_checkpoint(folder: Path, run: Run) -> Checkpoint | None:
@@ -205,7 +213,7 @@ def _bytes_of(values: list[Any]) -> bytes:
 
 
 def _write(folder: Path, checkpoint: Checkpoint, run: Run) -> None:
-    path = folder / f"step-{checkpoint.numbers['step']}"
+    path = folder / _name(checkpoint)
     partial = folder / f".{path.name}.partial"
     tensors = save({n: t.detach().cpu().contiguous() for n, t in checkpoint.tensors.items()})
     state = {"run": dict(run), "numbers": checkpoint.numbers}

@@ -29,7 +29,7 @@ are kept, with a data set too large for every draw to see all of it: `slopes.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -98,6 +98,8 @@ def ascend(
     damping: float = 0.3,
     on_iteration: Callable[[float], None] = lambda log_likelihood: None,
     generator: torch.Generator | None = None,
+    after: Mapping[str, Tensor] | None = None,
+    keep: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> None:
     """Move the logits to the optimum of the ELBO of discrete gates, in place.
 
@@ -125,17 +127,32 @@ def ascend(
         gates that are all open or closed has it for the whole data set.
     generator : torch.Generator, optional
         Draws the gates.
+    after : mapping of str to Tensor, optional
+        A state that `keep` was given in an ascent that was stopped: go on after it.
+    keep : function
+        Called after every update with all that an iteration changes but the generator's state;
+        the tensors are those at work, so what is to be kept has to be written or copied.
 
     Raises
     ------
     NumericalError
         If the log likelihood or its gradient is not finite.
+    KeyError, RuntimeError
+        If the state is of another ascent.
     """
     whole = draws // 2 if any(gates.bends for gates in sets) else draws
     visits = WINDOW * iterations / parts
     windows = visits * whole, visits * (draws - whole)
     slopes = [Slopes(gates.logits, parts, windows) for gates in sets]
-    for iteration in range(iterations):
+    done = torch.zeros((), dtype=torch.long)
+    state = {"done": done}
+    for k, (gates, slope) in enumerate(zip(sets, slopes, strict=True)):
+        state |= {f"{k}.{name}": tensor for name, tensor in slope.state().items()}
+        state[f"{k}.logits"] = gates.logits
+    if after is not None:
+        for name, tensor in state.items():
+            tensor.copy_(after[name])
+    for iteration in range(int(done), iterations):
         drawn, middle = zip(*(gates.draw(draws, whole, generator) for gates in sets), strict=True)
         points = [z.lerp(torch.full_like(z, 0.5), m) for z, m in zip(drawn, middle, strict=True)]
         values: list[float] = []
@@ -167,6 +184,8 @@ def ascend(
             bounded = gates.logits.clamp(-CERTAIN, CERTAIN)
             gates.logits.copy_(torch.where(inward, bounded, gates.logits))
             gates.logits += (damping * (optimum - gates.logits)).clamp(-MAX_STEP, MAX_STEP)
+        done += 1
+        keep(state)
 
 
 def _factor_slopes(

@@ -14,7 +14,7 @@ activation is quantized: then weights, A, e and B are, and their gates have exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
 from math import ceil
 
@@ -44,6 +44,8 @@ def refine_guide(
     passes: float,
     draws: int = DRAWS,
     on_iteration: Callable[[dict[str, float]], None] = lambda terms: None,
+    after: Mapping[str, Tensor] | None = None,
+    keep: Callable[[dict[str, Tensor]], None] = lambda state: None,
 ) -> None:
     """Refine the gate posterior of a trained guide; the posterior of its weights is held.
 
@@ -60,6 +62,18 @@ def refine_guide(
     on_iteration : function
         Called before every update with the terms of the ELBO of discrete gates, nats:
         `log_likelihood`, `kl_adapter_weights`, `kl_rank_gate`, `kl_bit_gate`, `energy`.
+    after : mapping of str to Tensor, optional
+        A state that `keep` was given in a refinement that was stopped: go on after it.
+    keep : function
+        Called after every update with the state of the refinement, as in
+        `natural_gradient.ascend`, and with `random`, that of the global generator.
+
+    Raises
+    ------
+    NumericalError
+        If the log likelihood or its gradient is not finite.
+    KeyError, RuntimeError
+        If the state is of another refinement.
     """
     was_training = model.training
     model.eval()
@@ -77,6 +91,10 @@ def refine_guide(
 
     iterations = ceil(passes * len(batches) / draws)
     turns = chain.from_iterable(repeat(batches))
+    if after is not None:
+        for _ in range(int(after["done"]) * draws % len(batches)):
+            next(turns)
+        torch.set_rng_state(after["random"])  # at last, as a loader draws too
 
     def gates_of(values: Sequence[Tensor]) -> Gates:
         return Gates(**dict(zip(sets, (value.float() for value in values), strict=True)))
@@ -121,9 +139,13 @@ def refine_guide(
             share = float(relative_bops(network, *guide.decision()))
             model.priors.gates.ascend(share, min(PRICE_TRAVEL / iterations, 1.0))
 
+    def keep_all(state: dict[str, Tensor]) -> None:
+        store()
+        keep(state | {"random": torch.get_rng_state()})
+
     ascend(
         log_likelihood, log_factor, list(sets.values()), iterations, draws, len(batches),
-        on_iteration=report,
+        on_iteration=report, after=after, keep=keep_all,
     )  # fmt: skip
     store()
     model.train(was_training)

@@ -69,6 +69,12 @@ class Slopes:
         self.counts[kind, :, part].lerp_(here, rate)
         self.ages[kind, :, part].add_(1).mul_(here == 0)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that `add` changes, by name: the tensors themselves."""
+        return {
+            "visits": self.visits, "sums": self.sums, "counts": self.counts, "ages": self.ages,
+        }  # fmt: skip
+
     def integrals(self) -> Tensor:
         """D_k by Simpson's rule, nats; where an end is not seen, from the other and the middle.
 

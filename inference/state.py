@@ -131,13 +131,13 @@ def restore(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[
     """
     for part in ("model", "guide"):
         module = getattr(training, part)
-        state = _under(f"{part}.", tensors)
+        state = under(f"{part}.", tensors)
         wanted = trained_state(module) if part == "model" else module.state_dict()
         if set(wanted) != set(state):
             raise KeyError(f"{part} has other parameters")
         fill(module, state)
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under("optimizer.", tensors).items():
+    for name, tensor in under("optimizer.", tensors).items():
         index, kind = name.split(".")
         moments.setdefault(int(index), {})[kind] = tensor
     groups = training.optimizer.state_dict()["param_groups"]
@@ -151,14 +151,14 @@ def restore(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[
     if numbers["price"] is not None:
         training.model.priors.gates.price = float(numbers["price"])  # type: ignore[attr-defined]
     device = training.guide.loc.device
-    held = {name: gate.to(device) for name, gate in _under("held.", tensors).items()}
+    held = {name: gate.to(device) for name, gate in under("held.", tensors).items()}
     training.held = None if numbers["sampled"] else Gates(**held)
     if training.accelerator.scaler is not None and numbers["scaler"] is not None:
         training.accelerator.scaler.load_state_dict(numbers["scaler"])
     training.batches.go_to(tensors["random.order"], int(numbers["taken"]))
     # at last, as all before may draw
     index = processes.state().process_index
-    generators = _under(f"random.{index}.", tensors)
+    generators = under(f"random.{index}.", tensors)
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"])
@@ -169,5 +169,6 @@ def restore(training: Training, tensors: Mapping[str, Tensor], numbers: Mapping[
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with the prefix, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +48,7 @@ def fit(
     optimisation: Optimisation,
     accelerator: Accelerator,
     on_step: Callable[[Record], None] = lambda record: None,
-    decide: Callable[[], Gates] | None = None,
+    decide: Callable[[Training], Gates] | None = None,
     after: Checkpoint | None = None,
     keep: Callable[[Training, bool], None] = lambda training, phase_ended: None,
     accumulation: int = 1,
@@ -72,8 +72,8 @@ def fit(
         example, price, share of bit operations in expectation and of the decision, mean open
         probabilities.
     decide : function, optional
-        Called once, when the gates have been sampled, for the gates to settle at; default: the
-        guide's decision.
+        Called once, with the training, when the gates have been sampled, for the gates to settle
+        at; default: the guide's decision.
     after : Checkpoint, optional
         Go on after it.
     keep : function
@@ -96,7 +96,7 @@ def fit(
     InputError
         If the checkpoint is of another model.
     """
-    decide = decide or guide.decision
+    decide = decide or (lambda training: guide.decision())
     elbo = TermwiseELBO()
     module = elbo(model, guide)
     total_steps = sum(phase.steps for phase in phases)
@@ -114,16 +114,18 @@ def fit(
     model.train()  # from_pretrained leaves a backbone without dropout
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     good = [p.detach().clone() for p in parameters]
-    record: Record = {}
+    # phases whose last parameters are decided upon, or are the result
+    relied_on = [p for p, following in pairwise(phases) if following.gates == "decided"]
+    relied_on += phases[-1:]
 
     @torch.no_grad()
-    def check() -> None:
+    def check(record: Record) -> None:
         """The parameters of a last step must have a finite loss, as those of any other."""
         batch = dict(next(batches))
         loss = module(batch, batch.pop("labels"), 1.0, training.held)
-        if training.step and not torch.isfinite(processes.mean(loss)):
+        if not torch.isfinite(processes.mean(loss)):
             _copy(good, parameters)
-            raise _not_finite({"step": training.step, "phase": "", **record, "loss": math.nan})
+            raise _not_finite(record | {"loss": math.nan})
 
     with tqdm(
         total=total_steps,
@@ -139,8 +141,7 @@ def fit(
                 if phase.gates == "sampled":
                     training.held = None
                 elif phase.gates == "decided":
-                    check()
-                    training.held = decide()
+                    training.held = decide(training)
             kl_weight = phase.kl_weight(step)
             optimizer.zero_grad()
             found = []
@@ -176,10 +177,12 @@ def fit(
             on_step(record)
             progress.set_postfix_str(_summary(record), refresh=False)
             progress.update()
-            keep(training, step + 1 == phase.steps)
-    check()
+            ended = step + 1 == phase.steps
+            if ended and phase in relied_on:
+                check(record)
+            keep(training, ended)
     if training.held is None:  # nothing settled
-        training.held = decide()
+        training.held = decide(training)
     return training.held
 
 

@@ -222,7 +222,7 @@ def _fit(baseline: Baseline, config: FinetuneConfig, data: Prepared) -> float:
             optimizer.step()
             scheduler.step()
             baseline.after_step(step)
-            found.append(float(torch.stack(log_likelihoods).mean()))
+            found.append(float(torch.stack(log_likelihoods).detach().mean()))
             progress.set_postfix_str(f"log lik {found[-1]:.3f} nats/example", refresh=False)
             progress.update()
     # it is judged as all methods are, without the autocast that training has put around it

@@ -17,6 +17,7 @@ from math import ceil
 from pathlib import Path
 
 import pyro
+from torch import Tensor
 
 from bayes_lora.errors import InputError
 from bayes_lora.inference import processes
@@ -42,7 +43,7 @@ from bayes_lora.inference.prepared import Prepared, prepare
 from bayes_lora.inference.refine import DRAWS, refine_guide
 from bayes_lora.inference.results import finished, write_results
 from bayes_lora.inference.signals import at_once, held_back
-from bayes_lora.inference.state import Training, numbers, tensors, trained_state
+from bayes_lora.inference.state import Training, numbers, tensors, trained_state, under
 from bayes_lora.inference.train import fit
 from bayes_lora.inference.trained import write_task
 from bayes_lora.models.guides import GateGuide
@@ -158,16 +159,23 @@ def _train(
     unsettled: dict[str, float] = {} if checkpoint is None else checkpoint.numbers["unsettled"]
     stopped = _go_on(folder)
 
-    def refined(terms: dict[str, float]) -> None:
-        history.refined(terms)
-        pending.act(stopped)
-
-    def decide() -> Gates:
+    def decide(training: Training) -> Gates:
         if not model.gated:
             return guide.decision()
         if refine_epochs:
+            # the generators as they are outside, to come back to
+            outside = {n: t for n, t in tensors(training).items() if n.startswith("random.")}
+
+            def refined(state: dict[str, Tensor]) -> None:
+                inside = {f"refinement.{name}": tensor for name, tensor in state.items()}
+                keep(training, False, outside | inside)
+
+            after = under("refinement.", checkpoint.tensors) if checkpoint else {}
             with accelerator.autocast(), processes.drawing_alike():
-                refine_guide(model, guide, parts, refine_epochs, DRAWS, refined)
+                refine_guide(
+                    model, guide, parts, refine_epochs, DRAWS, history.refined, after or None,
+                    refined,
+                )  # fmt: skip
         meet_budget(model, guide)
         processes.copy_from_main(guide.parameters())  # where arithmetic differs between devices
         gates = guide.decision()
@@ -176,17 +184,21 @@ def _train(
         unsettled["score_before_settling"] = found["score"]
         return gates
 
-    def keep(training: Training, phase_ended: bool) -> None:
-        due = processes.is_main() and keeper.due(training.step)
+    def keep(
+        training: Training, phase_ended: bool, refinement: dict[str, Tensor] | None = None
+    ) -> None:
+        refined = int(refinement["refinement.done"]) if refinement else 0
+        due = processes.is_main() and keeper.due(training.step + refined)
         signalled, late = processes.most(float(pending.signal or 0), float(due))
         if signalled:  # else one may have come meanwhile, to this process: it waits a step
             pending.signal = int(signalled)
         if phase_ended or signalled or late:
-            mine = {"unsettled": unsettled, "seconds": time.monotonic() - begun}
-            kept = history.kept()
+            seconds, kept = time.monotonic() - begun, history.kept()
+            mine = {"unsettled": unsettled, "seconds": seconds, "refined": refined}
             keeper.keep(
                 Checkpoint(
-                    tensors(training) | kept.tensors, numbers(training) | kept.numbers | mine
+                    tensors(training) | kept.tensors | (refinement or {}),
+                    numbers(training) | kept.numbers | mine,
                 )
             )
         if signalled:

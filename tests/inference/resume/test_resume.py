@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from bayes_lora.inference import cells, checkpoint, processes, results
 from bayes_lora.inference.checkpoint import found
 from bayes_lora.inference.cli import main
+from bayes_lora.inference.slopes import Slopes
 
 CASES = {
     "qr": ({}, (1, 3, 5, 8)),
@@ -39,6 +40,42 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(command, tmp_path, case, 
         same(tmp_path / "run", tmp_path / "whole")
         assert not (tmp_path / "run" / "checkpoints").exists()
         shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("count", [18, 24])  # in the first pass of the refinement, and later
+def test_a_refinement_goes_on_where_it_was_stopped(command, tmp_path, killed_after, same, count):
+    changes = {
+        "quantized_tensors": "weight A e B", "target_bops": 0.2, "weight_posterior": "normal",
+        "refine_epochs": 7, "save_steps": 1,
+    }  # fmt: skip
+    assert command(**changes, output_dir=tmp_path / "whole")[0] == 0
+    with killed_after(count):
+        command(**changes)
+    last = found(tmp_path / "run" / "checkpoints")[-1]
+    lines = len((tmp_path / "run" / "history.csv").read_text().splitlines())
+    step, iteration = map(int, last.name.removeprefix("step-").split("-refined-"))
+    assert lines == 1 + step + iteration == 1 + count
+    code, _, err = command(**changes, resume="")
+    assert code == 0, err
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_signal_during_the_refinement_keeps_what_is_refined(command, tmp_path, monkeypatch, same):
+    changes = {"method": "r", "refine_epochs": 7}
+    assert command(**changes, output_dir=tmp_path / "whole")[0] == 0
+    add = Slopes.add
+
+    def signalled(slopes, *arguments):
+        add(slopes, *arguments)
+        if slopes.visits.sum() == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slopes, "add", signalled)
+        assert command(**changes)[0] == 128 + signal.SIGTERM
+    assert found(tmp_path / "run" / "checkpoints")[-1].name.endswith("-refined-3")
+    assert command(**changes, resume="")[0] == 0
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_resume_begins_what_has_not_begun_and_leaves_what_is_finished(command, tmp_path):
