@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from bayes_lora.errors import InputError, Interrupted
 from bayes_lora.inference import posterior, predict_file, processes, train_run
 from bayes_lora.inference.batches import evaluation_batches
+from bayes_lora.inference.checkpoint import CHECKPOINTS
 from bayes_lora.inference.config import parse
 from bayes_lora.inference.elbo import TermwiseELBO
 from bayes_lora.inference.finetune import finetune
@@ -165,16 +166,15 @@ class Writes:
                 self.found.append((event, name))
 
 
-def stopped(folder):
-    """Exit code of a run that the second process is told to stop after its seventh step."""
-    config = configured(folder, "--output_dir", folder / "stopped", "--save_steps", 5)
+def stopped(config, lines):
+    """Exit code of a run that the second process is told to stop after so many lines of history."""
     record = train_run.History.add
     count = [0]
 
     def add(self, line):
         record(self, line)
         count[0] += 1
-        if count[0] == 7 and processes.state().process_index == 1:
+        if count[0] == lines and processes.state().process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     train_run.History.add = add
@@ -208,12 +208,18 @@ def together(folder):
     writes = Writes(folder / "whole")
     found["metrics"] = finetune(configured(folder, "--output_dir", folder / "whole"))
     found["writes"] = writes.found
-    found["exit"] = stopped(folder)
-    resumed = configured(folder, "--output_dir", folder / "stopped", "--save_steps", 5, "--resume")
-    found["resumed"] = finetune(resumed)
+    halting = ("--output_dir", folder / "stopped", "--save_steps", 5)
+    found["exit"] = stopped(configured(folder, *halting), 7)
+    found["resumed"] = finetune(configured(folder, *halting, "--resume"))
     found["refused"] = refused(configured(folder, "--output_dir", folder / "whole"))
     refine = ("--method", "r", "--refine_epochs", 1, "--epochs", 1)
     found["refined"] = finetune(configured(folder, "--output_dir", folder / "refined", *refine))
+    halting = ("--output_dir", folder / "halted", *refine)
+    found["halted"] = stopped(configured(folder, *halting), 6)  # after two of three iterations
+    processes.wait()  # the main one writes
+    found["kept"] = [path.name for path in (folder / "halted" / CHECKPOINTS).iterdir()]
+    processes.wait()
+    found["refined on"] = finetune(configured(folder, *halting, "--resume"))
     chains = ("--output_dir", folder / "chains", "--restarts", 2, "--epochs", 1)
     found["chains"] = finetune(configured(folder, *chains))
     words = [folder / "whole", "--input", folder / "texts.jsonl", "--output", folder / "two.csv"]

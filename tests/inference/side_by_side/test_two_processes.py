@@ -140,6 +140,20 @@ def test_a_signal_to_one_stops_both_and_both_go_on(two, place):
         assert whole == resumed
 
 
+def test_a_refinement_that_was_stopped_goes_on_in_both(two, place):
+    assert (place / "halted" / "history.csv").read_bytes() == (
+        place / "refined" / "history.csv"
+    ).read_bytes()
+    for found in two:
+        assert found["halted"] == 143
+        assert "step-4-refined-2" in found["kept"]
+        whole, resumed = (
+            {k: v for k, v in found[name].items() if k not in OMITTED}
+            for name in ("refined", "refined on")
+        )
+        assert whole == resumed
+
+
 def test_chains_are_those_of_one_process(two, place, alone):
     words = ("--output_dir", place / "alone", "--restarts", 2, "--epochs", 1)
     finetune(work.configured(place, *words))
