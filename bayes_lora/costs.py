@@ -23,12 +23,15 @@ Sources: van Baalen et al., arXiv 2005.07093; Meo et al., arXiv 2406.13046.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from bayes_lora.gates import expected_bits
 from bayes_lora.layers import TENSORS
 from bayes_lora.network import AdaptedNetwork
+from bayes_lora.targets import LayerSpec
 
 FULL_BITS = 32
 
@@ -216,14 +219,21 @@ def _device(*gates: Tensor | None) -> torch.device:
 
 def _sizes(network: AdaptedNetwork, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of the frozen weights, each of shape (L,)."""
-    sizes = [(spec.out_features, spec.in_features) for spec in network.specs]
-    rows, columns = torch.tensor(sizes, dtype=torch.float32, device=device).unbind(-1)
+    rows, columns, _ = _constants(tuple(network.specs), device)
     return rows, columns
 
 
 def _uses(network: AdaptedNetwork, device: torch.device) -> Tensor:
     """How often a forward pass applies every layer, shape (L,)."""
-    return torch.tensor([float(spec.uses) for spec in network.specs], device=device)
+    return _constants(tuple(network.specs), device)[2]
+
+
+@lru_cache(maxsize=8)
+def _constants(specs: tuple[LayerSpec, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Rows, columns and uses; kept, as each step asks for them, and a copy to a device waits."""
+    sizes = [(spec.out_features, spec.in_features, spec.uses) for spec in specs]
+    with torch.inference_mode(False):  # or nothing could be differentiated with them later
+        return torch.tensor(sizes, dtype=torch.float32, device=device).unbind(-1)
 
 
 def _rank(network: AdaptedNetwork, rank_gate: Tensor | None) -> Tensor:

@@ -103,10 +103,11 @@ class HardConcrete(TorchDistribution):
         if (probs is None) == (logits is None):
             raise ValueError("give exactly one of probs and logits")
         if logits is None:
-            self.temperature, self.probs = broadcast_all(temperature, cast(Tensor, probs))
+            given = cast(Tensor, probs)
+            self.temperature, self.probs = broadcast_all(_on_device(temperature, given), given)
             self.logits = probs_to_logits(self.probs, is_binary=True)
         else:
-            self.temperature, self.logits = broadcast_all(temperature, logits)
+            self.temperature, self.logits = broadcast_all(_on_device(temperature, logits), logits)
             self.probs = torch.sigmoid(self.logits)
         super().__init__(self.logits.shape, validate_args=validate_args)
 
@@ -184,6 +185,13 @@ class HardConcrete(TorchDistribution):
         return log_density
 
 
+def _on_device(number: float | Tensor, like: float | Tensor) -> float | Tensor:
+    """The number as a tensor, made there: to copy one to a device has the host wait."""
+    if isinstance(number, Tensor) or not isinstance(like, Tensor):
+        return number
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
 def _refuse_pathwise_gradient(gradient: Tensor) -> Tensor:
     if bool((gradient != 0).any()):
         raise TypeError(
@@ -220,9 +228,10 @@ def kl_hard_concrete(q: HardConcrete, p: HardConcrete) -> Tensor:
     Raises
     ------
     ValueError
-        If the temperatures differ: there is no closed form then.
+        If the temperatures differ, for there is no closed form then; looked at where `q` validates
+        its arguments.
     """
-    if not torch.equal(*torch.broadcast_tensors(q.temperature, p.temperature)):
+    if q._validate_args and not torch.equal(*broadcast_all(q.temperature, p.temperature)):
         raise ValueError("the hard concrete KL needs equal temperatures in guide and prior")
     q_logits, p_logits = torch.broadcast_tensors(q.logits, p.logits)
     flipped = q_logits < p_logits
@@ -264,10 +273,11 @@ def kl_relaxed_bernoulli(q: LogitRelaxedBernoulli, p: LogitRelaxedBernoulli) -> 
     Raises
     ------
     ValueError
-        If the temperatures differ: there is no closed form then.
+        If the temperatures differ, for there is no closed form then; looked at where `q` validates
+        its arguments.
     """
     q_temperature, p_temperature = broadcast_all(q.temperature, p.temperature)
-    if not torch.equal(q_temperature, p_temperature):
+    if q._validate_args and not torch.equal(q_temperature, p_temperature):
         raise ValueError("the relaxed Bernoulli KL needs equal temperatures in guide and prior")
     d = (q.logits - p.logits).abs()
     small = d < 1e-2

@@ -190,4 +190,4 @@ def expected_bits(gates: Tensor) -> Tensor:
     """
     weights = level_weights(gates)
     # a sum, as autocast would have a matrix product in 16 bits
-    return (weights * weights.new_tensor(level_bits(gates.shape[-1]))).sum(-1)
+    return (weights * 2 ** torch.arange(1, weights.shape[-1] + 1, device=gates.device)).sum(-1)

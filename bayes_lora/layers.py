@@ -6,7 +6,8 @@ component weights g (R,) and quantizers Q, one a tensor,
     y = Q(W) Q(x) + (alpha / R) Q(B) ( Q(e) * g * Q( Q(A) Q(x) ) ) + bias.
 
 The layer owns the frozen weight and the ranges of its quantizers, nothing else. A, e, B, the
-gates and the level weights are latents: they are lent to the layer for one forward pass.
+gates and the level weights are latents: they are lent to the layer for one forward pass, the first
+three as quantized (`factors`).
 
 Sources: Hu et al., arXiv 2106.09685 (adapters); Zhang et al., arXiv 2303.10512 (A, e, B);
 Meo et al., arXiv 2406.13046 (gates on rank and bits).
@@ -14,6 +15,7 @@ Meo et al., arXiv 2406.13046 (gates on rank and bits).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,7 +25,7 @@ from torch.nn.functional import linear
 
 from bayes_lora.gates import level_bits
 from bayes_lora.quantization import Mixture, quantize_mixture
-from bayes_lora.ranges import gaussian_limits, largest_value, searched_limits
+from bayes_lora.ranges import largest_value, searched_limits
 from bayes_lora.row_sample import linear_of_mixture
 from bayes_lora.targets import LinearLayer, weight_of
 
@@ -40,18 +42,18 @@ class LayerLatents:
     Attributes
     ----------
     lora_A : Tensor
-        Shape (R, in).
+        Q(A), shape (R, in).
     lora_e : Tensor
-        Shape (R,).
+        Q(e), shape (R,).
     lora_B : Tensor
-        Shape (out, R).
+        Q(B), shape (out, R).
     component_weights : Tensor or None
         Weights g of the components, shape (R,); None leaves all components on.
     mixtures : mapping of str to Mixture
-        How each tensor of `TENSORS` is quantized; a tensor that is absent is not.
+        How `weight`, `input` and `hidden` are quantized; a tensor that is absent is not.
     exact : bool
-        Sum the gradient of level weights over all tokens. Otherwise that of `weight`, `input` and
-        `hidden` is estimated from some of them, without bias (`row_sample`).
+        Sum the gradient of level weights over all tokens. Otherwise that of `weight` and `input`
+        is estimated from some of them, without bias (`row_sample`).
     """
 
     lora_A: Tensor
@@ -105,7 +107,7 @@ class AdaptedLinear(nn.Module):
         self.scaling = scaling
         self.bits = level_bits(num_levels)
         self.latents: LayerLatents | None = None
-        self._calibrated = False
+        self._numbers: dict[str, tuple[Tensor, int, tuple[float, ...]]] = {}
         levels, device = num_levels + 1, base.weight.device
         unknown = torch.full((levels,), torch.inf, device=device)
         self.register_buffer("weight_limits", unknown[:, None, None].repeat(1, len(self.weight), 1))
@@ -125,44 +127,51 @@ class AdaptedLinear(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether all ranges are set, by `calibrate` or with a saved state."""
-        if not self._calibrated:  # asked of the device only until it holds
-            self._calibrated = bool(torch.isfinite(self.hidden_limits).all())
-        return self._calibrated
+        return all(map(math.isfinite, self._on_host("hidden_limits")))
+
+    def _on_host(self, name: str) -> tuple[float, ...]:
+        """Ranges of the activations as numbers, asked of the device when they have changed."""
+        limits = self.get_buffer(name)
+        of, version, numbers = self._numbers.get(name, (None, 0, ()))
+        if of is not limits or version != limits._version:
+            numbers = tuple(limits.tolist())
+            self._numbers[name] = limits, limits._version, numbers
+        return numbers
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         latents = self.latents
         if latents is None:
             return self.base(x)
-        A, e, B = latents.lora_A, latents.lora_e, latents.lora_B
         weight = self.weight
         mixtures = latents.mixtures
         if mixtures and not self.calibrated:
             raise RuntimeError("quantizers have no ranges yet: call the network's calibrate first")
         if "input" in mixtures:
-            x = quantize_mixture(x, self.input_limits, mixtures["input"], not latents.exact)
+            x = quantize_mixture(
+                x, self.input_limits, mixtures["input"], not latents.exact,
+                self._on_host("input_limits"),
+            )  # fmt: skip
+        if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for W and for A
         if "weight" in mixtures:
             weight = quantize_mixture(weight, self.weight_limits, mixtures["weight"])
-        if "A" in mixtures:
-            A = quantize_mixture(A, gaussian_limits(A, (1,), self.bits), mixtures["A"])
-        if "e" in mixtures:
-            e = quantize_mixture(e, gaussian_limits(e, (0,), self.bits), mixtures["e"])
-        if "B" in mixtures:
-            B = quantize_mixture(B, gaussian_limits(B, (0,), self.bits), mixtures["B"])
-        hidden = linear(x, A)
-        if "hidden" in mixtures:
+        hidden = linear(x, latents.lora_A)
+        if "hidden" in mixtures:  # few features: to draw tokens would take longer than to sum
             hidden = quantize_mixture(
-                hidden, self.hidden_limits, mixtures["hidden"], not latents.exact
-            )
-        gain = self.scaling * e
+                hidden, self.hidden_limits, mixtures["hidden"],
+                numbers=self._on_host("hidden_limits"),
+            )  # fmt: skip
+        gain = self.scaling * latents.lora_e
         if latents.component_weights is not None:
             gain = gain * latents.component_weights
         map_frozen = linear if latents.exact else linear_of_mixture
-        return map_frozen(x, weight, self.base.bias) + linear(hidden * gain, B)
+        y = linear(hidden * gain, latents.lora_B)
+        return y.add_(map_frozen(x, weight, self.base.bias))
 
     @torch.no_grad()
     def calibrate(self, inputs: Tensor, lora_A: Tensor) -> None:
-        """Set every range to the one of least squared error.
+        """Set every range to the one of least squared error; those of the weight the first time.
 
         Parameters
         ----------

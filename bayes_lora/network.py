@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_lora.errors import InputError
+from bayes_lora.factors import quantize_factors
 from bayes_lora.flat_weights import initial_weights, split_weights
 from bayes_lora.gates import GateStructure, level_bits, level_weights, nested
 from bayes_lora.layers import TENSORS, AdaptedLinear, LayerLatents
@@ -191,15 +192,15 @@ class AdaptedNetwork(nn.Module):
             If a latent has another shape than this network's.
         """
         _check_shape("adapter_weights", latents.adapter_weights, (self.num_adapter_weights,))
+        _check_shape("rank_gate", latents.rank_gate, self.rank_gate_shape)
+        _check_shape("bit_gate", latents.bit_gate, self.bit_gate_shape)
         factors = split_weights(latents.adapter_weights, self.specs, self.rank)
-        weights: Sequence[Tensor | None] = [None] * len(self.specs)
-        if latents.rank_gate is not None:
-            _check_shape("rank_gate", latents.rank_gate, self.rank_gate_shape)
-            weights = self.structure(latents.rank_gate).unbind()
-        mixtures: Sequence[dict[str, Mixture]] = [{} for _ in self.specs]
+        gate, ungated = latents.rank_gate, [None] * len(factors)
+        weights = ungated if gate is None else self.structure(gate).unbind()
+        mixtures: list[dict[str, Mixture]] = [{} for _ in factors]
         if latents.bit_gate is not None:
-            _check_shape("bit_gate", latents.bit_gate, self.bit_gate_shape)
             mixtures = self._mixtures(latents.bit_gate, latents.every_level)
+            factors = quantize_factors(factors, mixtures, self.bits)
         return [
             LayerLatents(*f, component_weights=w, mixtures=m, exact=latents.every_level)
             for f, w, m in zip(factors, weights, mixtures, strict=True)
@@ -208,7 +209,7 @@ class AdaptedNetwork(nn.Module):
     def _mixtures(self, bit_gate: Tensor, every_level: bool) -> list[dict[str, Mixture]]:
         weights = level_weights(bit_gate)
         levels = tuple(range(self.num_levels + 1)) if every_level else None
-        on_host = (weights > 0).tolist()  # the one synchronisation of a step
+        on_host = (weights > 0).tolist()  # the only time that a draw is looked at
         return [
             {
                 tensor: Mixture(w, tuple(i for i, on in enumerate(flags) if on), levels)
@@ -294,6 +295,6 @@ class AdaptedNetwork(nn.Module):
             layer.calibrate(torch.cat(sample), lora_A)
 
 
-def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
+def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, this network needs {shape}")

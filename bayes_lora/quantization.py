@@ -21,7 +21,7 @@ Source: van Baalen et al., "Bayesian Bits", arXiv 2005.07093.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,9 +37,10 @@ class Mixture(NamedTuple):
     Attributes
     ----------
     weights : Tensor
-        Level weights pi, shape (K + 1,), summing to one.
+        Level weights pi, shape (K + 1,), summing to one; of a stack of L tensors, each with
+        weights of its own, shape (K + 1, L, 1, ...), which broadcasts.
     active : tuple of int
-        Indices of the levels of weight > 0, known on the host.
+        Indices of the levels of weight > 0, in any tensor of the stack; known on the host.
     differentiated : tuple of int, optional
         Indices of the levels whose weight gets a gradient. Default: the active ones, if there
         are several. (A hard concrete gate at exactly 0 or 1 has no gradient.)
@@ -108,33 +109,39 @@ class _Mixed(torch.autograd.Function):
         active: tuple[int, ...],
         differentiated: tuple[int, ...],
         estimated: bool,
+        numbers: tuple[float, ...] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weights, limits)
         ctx.active, ctx.differentiated, ctx.estimated = active, differentiated, estimated
+        ctx.numbers = numbers
         if len(active) == 1:
             return quantize(x, limits[active[0]], 2 ** (active[0] + 1))
         wide = _wide(x)
-        total = torch.zeros_like(wide)
+        total: Tensor | None = None
         for level in active:
             codes, step = _codes(wide, limits[level], 2 ** (level + 1))
-            total.addcmul_(codes, step * weights[level].to(step.dtype))
-        return total.to(x.dtype)
+            scale = step * weights[level].to(step.dtype)
+            total = codes.mul_(scale) if total is None else total.addcmul_(codes, scale)
+        return cast(Tensor, total).to(x.dtype)
 
     @staticmethod
     def backward(
         ctx: Any,  # noqa: ANN401
         *gradients: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         (gradient,) = gradients
         x, weights, limits = ctx.saved_tensors
         x_gradient = weights_gradient = None
         if ctx.needs_input_grad[0]:
             for level in ctx.active:
-                # one fused pass: the gradient where |x| <= limit, and the largest value, whose
-                # ratio is 1 but for rounding, must be inside or it could never move
-                inside = torch.ops.aten.hardtanh_backward(
-                    gradient, x / limits[level].to(x.dtype), -_EDGE, _EDGE
+                # one fused pass: the gradient where |x| <= limit; a ratio that rounding takes
+                # beyond 1 is inside
+                ratio, end = (
+                    (x / limits[level].to(x.dtype), _EDGE)
+                    if ctx.numbers is None
+                    else (x, ctx.numbers[level] * _EDGE)
                 )
+                inside = torch.ops.aten.hardtanh_backward(gradient, ratio, -end, end)
                 if len(ctx.active) == 1:
                     x_gradient = inside
                 elif x_gradient is None:
@@ -146,15 +153,24 @@ class _Mixed(torch.autograd.Function):
             if ctx.estimated:
                 chosen, gradient = sample_rows(gradient.flatten(0, -2))
                 x = x.flatten(0, -2)[chosen]
-            wide, flat = _wide(x), _wide(gradient).flatten()
+            wide, coming = _wide(x), _wide(gradient)
             for level in ctx.differentiated:
                 codes, step = _codes(wide, limits[level], 2 ** (level + 1))
-                weights_gradient[level] = torch.dot(codes.mul_(step).flatten(), flat)
-        return x_gradient, weights_gradient, None, None, None, None
+                values, pi = codes.mul_(step), weights[level]
+                weights_gradient[level] = (
+                    (values.mul_(coming)).sum_to_size(pi.shape)
+                    if pi.ndim
+                    else torch.dot(values.flatten(), coming.flatten())
+                )
+        return x_gradient, weights_gradient, None, None, None, None, None
 
 
 def quantize_mixture(
-    x: Tensor, limits: Tensor, mixture: Mixture, estimated: bool = False
+    x: Tensor,
+    limits: Tensor,
+    mixture: Mixture,
+    estimated: bool = False,
+    numbers: tuple[float, ...] | None = None,
 ) -> Tensor:
     """Quantize to a mixture of levels, with a gradient in `x` and in the level weights.
 
@@ -171,6 +187,9 @@ def quantize_mixture(
     estimated : bool
         Estimate the gradient of the level weights from a sample of rows (`row_sample`), if there
         are many; the range must be one for all.
+    numbers : tuple of float, optional
+        The same ranges, shape (K + 1,), where the host knows them: the backward pass then needs
+        no temporary tensor.
 
     Returns
     -------
@@ -190,4 +209,4 @@ def quantize_mixture(
     if not differentiated:
         weights = weights.detach()
     estimated = estimated and has_many_rows(x)
-    return _Mixed.apply(x, weights, limits, active, differentiated, estimated)
+    return _Mixed.apply(x, weights, limits, active, differentiated, estimated, numbers)

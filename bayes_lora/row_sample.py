@@ -1,6 +1,6 @@
 r"""Gradients that are sums over very many rows, estimated from some of them without bias.
 
-The gradient of the level weights pi of a frozen weight W or an activation x is a sum over all
+The gradient of the level weights pi of a frozen weight W or an input x is a sum over all
 tokens t. For W it even takes the matrix product that training a frozen weight is to save:
 
     d loss / d pi_b = sum_t g_t . Q_b(W) x_t     or     sum_t g_t . Q_b(x_t),
@@ -61,7 +61,8 @@ def sample_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.nan_to_num(norms, nan=1.0, posinf=1.0) + torch.finfo(torch.float32).tiny
     chosen = torch.multinomial(p, number_drawn(len(p)), replacement=True)
     weight = p.sum() / (len(chosen) * p[chosen])
-    return chosen, gradient[chosen] * weight[:, None].to(gradient.dtype)
+    # not the factor itself in half precision, where that of a rare row may be too large
+    return chosen, (gradient[chosen] * weight[:, None]).to(gradient.dtype)
 
 
 def linear_of_mixture(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,9 +5,9 @@
 The same steps as in `steps.py`, 64 tokens, fp32, 2 threads. `products` are matrix products,
 `others` all other operators of torch, `host` is what is left of the step: Python, with Pyro's
 handlers, and autograd between operators. `bookkeeping` is no part beside these, but a step of its
-own from which network and optimizer are left out: it traces guide and model, draws the gates,
-computes all divergences and their gradients. Medians; shares are of the whole step, which the
-profiler makes slower by some percent.
+own from which the optimizer and the network, with all that it makes of its latents, are left out:
+it traces guide and model, draws the gates, computes all divergences and their gradients. Medians;
+shares are of the whole step, which the profiler makes slower by some percent.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bayes_lora.models.model import Gates
 from bayes_lora.network import AdaptedNetwork
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "mkldnn")
+# with logits of 0, some two thirds of the draws are undecided
 HALF = Gates(torch.full((36, 8), 0.5), torch.full((36, 6, 3), 0.5))  # shapes of MiniLM at rank 8
 STEPS = {
     "peft_lora": ("open", Gates()),

@@ -44,7 +44,7 @@ def peak_memory(
 ) -> float:
     """Megabytes that a process takes at most which makes three steps of one kind."""
     quiet()
-    step = steps_of(variant, phase, size, dtype, joint)[0]
+    step = steps_of(variant, phase, size, dtype, joint[:1])[0]
     for _ in range(3):
         step()
     return cells.peak_memory() / 2**20

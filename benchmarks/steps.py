@@ -10,7 +10,7 @@ every step has its forward and backward pass, clipping, and the optimizer. The p
                 over some of its steps
 
 `residual` is the quantizer as a recursion of residuals, x2 + z4 (e4 + z8 (e8 + z16 e16)), in plain
-torch.
+torch, with one range for all levels. A, e and B that have one shape it takes at once, as ours does.
 
 Source: van Baalen et al., "Bayesian Bits", arXiv 2005.07093 (the recursion).
 """
@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
-from bayes_lora import layers
+from bayes_lora import factors, layers
 from bayes_lora.inference.assemble import assemble
 from bayes_lora.inference.backbone import Backbone, load_backbone
 from bayes_lora.inference.baselines import Setting, build
@@ -50,6 +50,7 @@ from bayes_lora.network import AdaptedNetwork
 from bayes_lora.quantization import Mixture
 
 BATCH, ALPHA = 32, 16.0
+BELOW_ONE = 1 - 1e-6  # so that the end of the range is rounded to a point of the grid
 JOINT_STEPS = 4  # of a real run, evenly spaced
 Step = Callable[[], None]
 
@@ -147,7 +148,10 @@ def our_step(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with (
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+            pyro.validation_enabled(False),  # as `fit` has it, but in the first step of a phase
+        ):
             loss = module(batch, labels, 1.0, fixed) / model.num_examples
         optimizer.zero_grad()
         loss.backward()
@@ -164,22 +168,33 @@ def with_residuals(step: Step) -> Step:
     """The same step with the recursion in place of the mixture, and all gradients exact."""
 
     def changed() -> None:
-        with mock.patch.multiple(layers, quantize_mixture=residual, linear_of_mixture=linear):
+        with (
+            mock.patch.multiple(layers, quantize_mixture=residual, linear_of_mixture=linear),
+            mock.patch.object(factors, "quantize_mixture", residual),
+        ):
             step()
 
     return changed
 
 
-def residual(x: Tensor, limits: Tensor, mixture: Mixture, _estimated: bool = False) -> Tensor:
-    """Quantize as the recursion says; its gates are the sums of the weights of finer levels."""
+def residual(
+    x: Tensor,
+    limits: Tensor,
+    mixture: Mixture,
+    _estimated: bool = False,
+    numbers: tuple[float, ...] | None = None,
+) -> Tensor:
+    """Quantize as the recursion says; a gate's product is the weight of all finer levels."""
     limit = limits[-1]
+    rest = torch.clamp(x.detach(), -limit * BELOW_ONE, limit * BELOW_ONE)
     total = torch.zeros_like(x)
     for level in range(len(mixture.weights)):
-        size = 2 * limit / (2 ** (2 ** (level + 1)) - 1)
-        rest = (x - total).detach()
-        found = size * torch.round(rest / size)
-        inside = found if level else found + (x - x.detach()) * (x.abs() <= limit)
-        total = total + mixture.weights[level:].sum() * inside
+        step = 2 * limit / (2 ** (2 ** (level + 1)) - 1)
+        found = step * torch.round(rest / step)
+        rest = rest - found
+        if not level:
+            found = found + (x - x.detach()) * (x.abs() <= limit)
+        total = total + mixture.weights[level:].sum(0) * found
     return total
 
 

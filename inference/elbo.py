@@ -1,4 +1,4 @@
-"""The ELBO that SVI optimises is Pyro's own; this one also keeps its terms, to be read.
+"""The ELBO that SVI optimises is that of Pyro; this one also keeps its terms, to be read.
 
     loss = -E_q[log p(label | latents)] + kl_weight * (sum of KL(q || p) + price * share of BOPs)
 
@@ -9,12 +9,14 @@ Source: `pyro.infer.TraceMeanField_ELBO`, the ELBO with closed-form divergences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.util import check_fully_reparametrized, is_validation_enabled
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
@@ -44,11 +46,50 @@ class TermwiseELBO(TraceMeanField_ELBO):
         super().__init__(**kwargs)
         self.terms: dict[str, Tensor] = {}
 
+    def differentiable_loss(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Pyro's, but that nothing is looked at: the host would wait for the device each time."""
+        losses = [self._loss(*traces) for traces in self._get_traces(model, guide, args, kwargs)]
+        return torch.stack(losses).mean()
+
     def _differentiable_loss_particle(
         self, model_trace: Trace, guide_trace: Trace
-    ) -> tuple[Any, Tensor]:
-        self.terms = elbo_terms(model_trace, guide_trace)
-        return super()._differentiable_loss_particle(model_trace, guide_trace)
+    ) -> tuple[Tensor, Tensor]:
+        loss = self._loss(model_trace, guide_trace)
+        return loss.detach(), loss
+
+    def _loss(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
+        """Minus the ELBO of a pair of traces, the model's replayed against the guide's."""
+        costs: list[Tensor] = []
+        self.terms = {}
+        for name, site in model_trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            if site["is_observed"]:
+                costs.append(-site["log_prob_sum"])
+                if name == "label":
+                    self.terms["log_likelihood"] = site["log_prob_sum"].detach()
+                elif name == "bops":
+                    self.terms["energy"] = -cast(Unit, site["fn"]).log_factor.detach()
+                continue
+            mine = guide_trace.nodes[name]
+            if is_validation_enabled():
+                check_fully_reparametrized(mine)
+            try:
+                kl = kl_divergence(cast(Distribution, mine["fn"]), cast(Distribution, site["fn"]))
+            except NotImplementedError:  # estimated with the draw
+                kl = mine["unscaled_log_prob"] - site["unscaled_log_prob"]
+            self.terms[f"kl_{name}"] = kl.sum().detach()
+            costs.append(scale_and_mask(kl, mine["scale"], mine["mask"]).sum())
+        for name, site in guide_trace.nodes.items():  # auxiliary: of the guide alone
+            if site["type"] == "sample" and name not in model_trace.nodes:
+                costs.append(site["log_prob_sum"])
+        return torch.stack(costs).sum()
 
 
 def prior_cost(terms: Mapping[str, Number], temperature: float) -> Number:
@@ -69,35 +110,3 @@ def prior_cost(terms: Mapping[str, Number], temperature: float) -> Number:
     weight = {"kl_adapter_weights": temperature}
     costs = [v * weight.get(name, 1.0) for name, v in terms.items() if name != "log_likelihood"]
     return cast(Number, sum(costs))
-
-
-@torch.no_grad()
-def elbo_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
-    """Read every term of the ELBO off a pair of traces, in nats and without its KL weight.
-
-    Parameters
-    ----------
-    model_trace, guide_trace : Trace
-        Traces with log densities computed, the model's replayed against the guide's.
-
-    Returns
-    -------
-    dict of str to Tensor
-        As `TermwiseELBO.terms`.
-    """
-    terms: dict[str, Tensor] = {}
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if name == "label":
-            terms["log_likelihood"] = site["log_prob_sum"].detach()
-        elif name == "bops":
-            terms["energy"] = -cast(Unit, site["fn"]).log_factor.detach()
-        elif not site["is_observed"]:
-            mine = guide_trace.nodes[name]
-            try:
-                kl = kl_divergence(cast(Distribution, mine["fn"]), cast(Distribution, site["fn"]))
-            except NotImplementedError:  # the ELBO estimates it with the draw; so do we
-                kl = mine["unscaled_log_prob"] - site["unscaled_log_prob"]
-            terms[f"kl_{name}"] = kl.sum().detach()
-    return terms

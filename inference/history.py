@@ -18,7 +18,7 @@ from bayes_lora.inference import processes
 from bayes_lora.inference.checkpoint import Checkpoint
 from bayes_lora.inference.elbo import KL_TERMS, prior_cost
 from bayes_lora.inference.files import write_whole
-from bayes_lora.inference.train import Record, record_step
+from bayes_lora.inference.train import Record, gate_state, on_host, record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.model import BayesianLoRA, Gates
 
@@ -105,9 +105,12 @@ class History:
     def refined(self, terms: dict[str, float]) -> None:
         """Keep one iteration of the refinement, under the number of the step before it."""
         cost = prior_cost(terms, self.model.priors.adapter_weight_temperature)
-        loss = cost - terms["log_likelihood"]
-        step, size = int(self.records[-1]["step"]) if self.records else 0, self.model.num_examples
-        self.add(record_step(step, "refine", 1.0, loss / size, terms, self.model, self.guide))
+        nats = {"loss": cost - terms["log_likelihood"]} | terms
+        step = int(self.records[-1]["step"]) if self.records else 0
+        self.add(record_step(step, "refine", 1.0, nats, self._gates(), self.model))
+
+    def _gates(self) -> dict[str, float]:
+        return on_host(gate_state(self.model, self.guide))
 
     def kept(self) -> Checkpoint:
         """What a checkpoint keeps of it; the file is flushed to the disk."""
@@ -152,7 +155,7 @@ class History:
         last = [record for record in self.records[-steps:] if record["phase"] == final["phase"]]
         ends = [float(record["log_likelihood"]) for record in last]
         latest = {k: v for record in self.records for k, v in record.items()}
-        gates = record_step(0, "", 1.0, 0.0, {}, self.model, self.guide)
+        gates = record_step(0, "", 1.0, {}, self._gates(), self.model)
         kept = ("price", "expected_bops") if self.model.gated else ()
         return {
             "log_likelihood": sum(ends) / len(ends) * size,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice, pairwise
 
+import pyro
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -147,26 +148,36 @@ def fit(
             found = []
             for further in reversed(range(accumulation)):
                 batch = dict(next(batches))
-                with accelerator.no_sync(module) if further else nullcontext():
+                with (
+                    accelerator.no_sync(module) if further else nullcontext(),
+                    # looked at once a phase: each look has the host wait for the device
+                    pyro.validation_enabled(False) if step else nullcontext(),
+                ):
                     loss = module(batch, batch.pop("labels"), kl_weight, training.held)
                     accelerator.backward(loss / model.num_examples / accumulation)
                 found.append({"loss": loss.detach()} | elbo.terms)
-            terms = averaged(found)
-            loss_per_example = terms.pop("loss") / model.num_examples
-            record = record_step(
-                training.step, phase.name, kl_weight, loss_per_example, terms, model, guide
-            )
-            if not math.isfinite(loss_per_example):
+            accelerator.unscale_gradients(optimizer)
+            # apart: a price must not slow the weights
+            graded = {
+                f"norm {i}": [p for p in group["params"] if p.grad is not None]
+                for i, group in enumerate(optimizer.param_groups)
+            }
+            norms = {
+                name: get_total_norm([p.grad for p in ps]) for name, ps in graded.items() if ps
+            }
+            terms, gates = averaged(found), gate_state(model, guide)
+            numbers = on_host(terms | gates | norms)
+            nats, state = ({name: numbers[name] for name in part} for part in (terms, gates))
+            record = record_step(training.step, phase.name, kl_weight, nats, state, model)
+            if not math.isfinite(numbers["loss"]):
                 _copy(good, parameters)
                 raise _not_finite(record)
             _copy(parameters, good)
-            accelerator.unscale_gradients(optimizer)
-            for group in optimizer.param_groups:  # apart: a price must not slow the weights
-                norm = get_total_norm([p.grad for p in group["params"] if p.grad is not None])
-                # a scaler skips steps that overflow
-                if accelerator.scaler is None and not torch.isfinite(norm):
-                    raise _not_finite(record, module)
-                clip_grads_with_norm_(group["params"], optimisation.max_grad_norm, norm)
+            # a scaler skips steps that overflow
+            if accelerator.scaler is None and not all(math.isfinite(numbers[n]) for n in norms):
+                raise _not_finite(record, module)
+            for name, norm in norms.items():
+                clip_grads_with_norm_(graded[name], optimisation.max_grad_norm, norm)
             optimizer.step()
             scheduler.step()
             # not before: while the KL weight rises, the price has only part of its effect
@@ -198,16 +209,22 @@ def _copy(values: list[Tensor], to: list[Tensor]) -> None:
         target.copy_(value)
 
 
-def averaged(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+def averaged(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of every term over the batches of a step, and over the processes.
 
     Examples
     --------
     >>> averaged([{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(4.0)}])
-    {'loss': 2.5}
+    {'loss': tensor(2.5000)}
     """
     every = torch.stack([torch.stack([t.float() for t in each.values()]) for each in terms])
-    return dict(zip(terms[0], processes.mean(every.mean(0)).tolist(), strict=True))
+    return dict(zip(terms[0], processes.mean(every.mean(0)).unbind(), strict=True))
+
+
+def on_host(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers of one device by name, fetched all at once: the host waits for it."""
+    values = torch.stack([number.float() for number in numbers.values()])
+    return dict(zip(numbers, values.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -226,21 +243,28 @@ def record_step(
     step: int,
     phase: str,
     kl_weight: float,
-    loss: float,
-    terms: Mapping[str, Tensor | float],
+    nats: Mapping[str, float],
+    gates: Mapping[str, float],
     model: BayesianLoRA,
-    guide: GateGuide,
 ) -> Record:
-    """One line of the history: the terms of the ELBO, in nats, become nats per example."""
-    record: Record = {"step": step, "phase": phase, "kl_weight": kl_weight, "loss": loss}
-    record |= {name: float(term) / model.num_examples for name, term in terms.items()}
+    """One line of the history: loss and terms of the ELBO, in nats, become nats per example."""
+    record: Record = {"step": step, "phase": phase, "kl_weight": kl_weight}
+    record |= {name: term / model.num_examples for name, term in nats.items()}
+    return record | {"price": getattr(model.priors.gates, "price", 0.0)} | dict(gates)
+
+
+@torch.no_grad()
+def gate_state(model: BayesianLoRA, guide: GateGuide) -> dict[str, Tensor]:
+    """Share of bit operations, in expectation and of the decision, and mean open probabilities."""
     probabilities = guide.open_probabilities()
-    record["price"] = getattr(model.priors.gates, "price", 0.0)
-    record["expected_bops"] = float(relative_bops(model.network, *probabilities))
-    record["decided_bops"] = float(relative_bops(model.network, *guide.decision()))
-    for name, probability in zip(("mean_open_rank", "mean_open_bits"), probabilities, strict=True):
-        record[name] = 1.0 if probability is None else float(probability.mean())
-    return record
+    one = torch.ones((), device=guide.loc.device)
+    rank, bits = (one if p is None else p.mean() for p in probabilities)
+    return {
+        "expected_bops": relative_bops(model.network, *probabilities).to(one.device),
+        "decided_bops": relative_bops(model.network, *guide.decision()).to(one.device),
+        "mean_open_rank": rank,
+        "mean_open_bits": bits,
+    }
 
 
 def _not_finite(record: Record, module: Module | None = None) -> NumericalError:

@@ -72,7 +72,7 @@ class Priors:
 
     def adapter_weights(self, network: AdaptedNetwork) -> TorchDistribution:
         """Prior of the flat vector, event shape (P,)."""
-        scale = torch.tensor(self.adapter_weight_scale, device=network.device)
+        scale = torch.full((), self.adapter_weight_scale, device=network.device)
         return dist.Normal(0 * scale, scale).expand([network.num_adapter_weights]).to_event(1)
 
 

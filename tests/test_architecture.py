@@ -30,7 +30,7 @@ LEVELS = [
         *("quantization", "targets"),
     ],
     ["flat_weights", "packing", "ranges"],
-    ["layers"],
+    ["factors", "layers"],
     ["network"],
     ["costs", "decided"],
     ["__init__"],

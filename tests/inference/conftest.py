@@ -250,7 +250,7 @@ def made_bundle(network, tmp_path):
                 terms = {"log_likelihood": -60.0 + step, "kl_adapter_weights": 3.0}
                 if phase == "joint" and kinds:
                     terms |= {f"kl_{n}_gate": 10.0 * step for n in kinds} | {"energy": 5.0}
-                history.add(record_step(step, phase, 1.0, 0.7, terms, model, guide))
+                history.add(record_step(step, phase, 1.0, {"loss": 56.0} | terms, {}, model))
         with torch.no_grad():
             for parameter, logits in (
                 (guide.rank_logits, rank_logits), (guide.bit_logits, bit_logits)

@@ -1,17 +1,25 @@
 """Phases, learning rates and the table, at hand-made values."""
 
+import sys
+import traceback
+from pathlib import Path
+
+import pyro
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, RandomSampler
 
 from bayes_lora.inference.history import History
-from bayes_lora.inference.optimisation import gate_learning_rate
+from bayes_lora.inference.optimisation import Optimisation, gate_learning_rate
 from bayes_lora.inference.phases import Phase, plan
 from bayes_lora.inference.table import rank_and_bits_table
-from bayes_lora.inference.train import record_step
+from bayes_lora.inference.train import fit, record_step
 from bayes_lora.models.guides import GateGuide
 from bayes_lora.models.likelihoods import Classification
 from bayes_lora.models.model import BayesianLoRA, Gates
-from bayes_lora.models.priors import Priors
+from bayes_lora.models.priors import GibbsGates, Priors
 from bayes_lora.network import AdaptedNetwork
 
 
@@ -82,6 +90,55 @@ def test_the_log_likelihood_at_the_end_is_of_the_last_phase(network, tmp_path):
     with History(tmp_path / "history.csv", model, guide, steps=4) as history:
         for step, phase in enumerate(("warmup", "joint", "settle", "settle")):
             terms = {"log_likelihood": -8.0 + step**2}
-            history.add(record_step(step, phase, 1.0, 0.7, terms, model, guide))
+            history.add(record_step(step, phase, 1.0, {"loss": 0.7} | terms, {}, model))
     assert history.last(3)["log_likelihood"] == pytest.approx((-4 + 1) / 2)
     assert history.last(1)["log_likelihood"] == pytest.approx(1)
+
+
+def test_the_host_waits_for_the_device_twice_a_step(network, batch, monkeypatch):
+    """For which levels take part, and for the numbers of the history; no other value is read."""
+    model = BayesianLoRA(network, Classification(), Priors(gates=GibbsGates()), num_examples=20)
+    guide = GateGuide(model, network.initial_adapter_weights())
+    examples = [
+        {name: tensor[i] for name, tensor in batch.items()} | {"labels": torch.tensor(i % 2)}
+        for i in range(5)
+    ]
+    order = RandomSampler(examples, generator=torch.Generator())
+    read, to_list = [], torch.Tensor.tolist
+    watched = [
+        Path(sys.modules[m.__module__].__file__).parent for m in (AdaptedNetwork, fit, Priors)
+    ]
+    watched.append(Path(pyro.__file__).parent)
+
+    def looked_at(by):
+        """Remember who looks, if it is one of us or Pyro, and at which step."""
+        callers = [Path(frame.filename) for frame in reversed(traceback.extract_stack()[:-2])]
+        others = (f for f in callers if Path(torch.__file__).parent not in f.parents)
+        caller = next(f for f in others if f != Path(__file__))
+        if any(folder in caller.parents for folder in watched):
+            read.append((len(steps), by, caller.name))
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.equal.default,
+            ):
+                looked_at(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    def tolist(tensor):
+        looked_at("tolist")
+        return to_list(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    steps = []
+    with Reads():
+        fit(
+            model, guide, DataLoader(examples, 5, sampler=order), [Phase("joint", "sampled", 3)],
+            Optimisation(), Accelerator(cpu=True), steps.append,
+        )  # fmt: skip
+    assert [mine[1:] for mine in read if mine[0] == 1] == [
+        ("tolist", "network.py"), ("tolist", "train.py")
+    ]  # fmt: skip
+    assert len([mine for mine in read if mine[0] == 0]) > 10  # the first step is looked at closely
