@@ -15,10 +15,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from bayes_lora.calibration import sampled_inputs
 from bayes_lora.errors import InputError
 from bayes_lora.factors import quantize_factors
 from bayes_lora.flat_weights import initial_weights, split_weights
@@ -167,6 +170,14 @@ class AdaptedNetwork(nn.Module):
         """Draw the flat vector, shape (P,), with which the network equals the pretrained one."""
         return initial_weights(self.specs, self.rank, generator)
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; but statistics that came with the frozen weights stay as they are."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
     def gradient_checkpointing_enable(self) -> None:
         """Compute the blocks' activations twice instead of keeping them; a ValueError if it cannot.
 
@@ -263,36 +274,12 @@ class AdaptedNetwork(nn.Module):
         tokens_per_batch : int
             Tokens of every batch, padding left out, that the ranges are fitted to.
         """
-        samples: list[list[Tensor]] = [[] for _ in self._layers]
-        no_padding: dict[int, Tensor] = {}  # by the number of tokens, of encoder and decoder
-        names = ("decoder_attention_mask", "attention_mask")
-
-        def record(index: int, x: Tensor) -> None:
-            rows = x.reshape(-1, x.shape[-1])
-            tokens = no_padding.get(len(rows), torch.arange(len(rows)))
-            spread = torch.linspace(0, len(tokens) - 1, min(tokens_per_batch, len(tokens)))
-            chosen = tokens[spread.long().to(tokens.device)]
-            samples[index].append(rows[chosen.to(rows.device)].float())
-
-        handles = [
-            layer.register_forward_pre_hook(lambda _, args, i=i: record(i, args[0]))
-            for i, layer in enumerate(self._layers)
-        ]
-        try:
-            for batch in batches:
-                masks = [batch[name].flatten().bool() for name in names if name in batch]
-                if len(masks) == 2 and len(masks[0]) == len(masks[1]):  # which one, none can tell
-                    masks = [masks[0] & masks[1]]
-                no_padding = {len(mask): mask.nonzero().flatten() for mask in masks}
-                self(batch, Latents(adapter_weights))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not samples[0]:
-            raise ValueError("no batches to calibrate the quantizers with")
+        samples = sampled_inputs(
+            self._layers, batches, lambda b: self(b, Latents(adapter_weights)), tokens_per_batch
+        )
         factors = split_weights(adapter_weights, self.specs, self.rank)
         for layer, sample, (lora_A, _, _) in zip(self._layers, samples, factors, strict=True):
-            layer.calibrate(torch.cat(sample), lora_A)
+            layer.calibrate(sample, lora_A)
 
 
 def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -115,6 +115,14 @@ def allocate(
     return gates, float(sum(losses[place] for (_, losses), place in zip(at, chosen, strict=True)))
 
 
+def least_cost(network: AdaptedNetwork, decided: Gates, cost: Cost) -> float:
+    """What is left of the cost with every gate closed; parameters are those of `allocate`."""
+    closed = decided.map(torch.zeros_like)
+    layers = (_Layer(network, closed, closed, index) for index in range(len(network.specs)))
+    pairs = zip(layers, network.specs, strict=True)
+    return sum(layer.options(spec, cost)[0].item() for layer, spec in pairs)
+
+
 class _Layer:
     """What of one layer may be kept: leading components and levels of what is decided.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from pyro.nn import PyroModule
@@ -133,8 +134,16 @@ def resolve(
     network = config.network
     if network.backbone is not None:
         network = replace(network, backbone=absolute(network.backbone))
-    data = replace(config.data, task=task)
+    data = replace(
+        config.data, task=task, train_file=_absolute(config.data.train_file),
+        validation_file=_absolute(config.data.validation_file),
+        data_dir=_absolute(config.data.data_dir),
+    )  # fmt: skip
     return replace(config, data=data, network=network, posterior=posterior, training=training)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
 
 
 def _check_budget(model: BayesianLoRA, budget: float) -> None:

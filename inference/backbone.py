@@ -161,6 +161,7 @@ def load_backbone(
             "is it a pretrained model of this architecture?"
         )
     model = model.float()
+    model.config.dtype = torch.float32  # or what is saved of it would be made as it was stored
     if bad := not_finite(model.state_dict()):
         raise InputError(f"{name} is damaged: {bad} is not finite")
     if num_labels is None and new:

@@ -128,9 +128,10 @@ def _use(manifest: Manifest, source: str, pad_token_id: int | None) -> str:
     if manifest.form == "merged":
         return STOCK.format(of_task=of_task, arguments='"FOLDER"')
     if task.is_language_model:
-        return STOCK.format(of_task=of_task, arguments=f'"{source}"') + PEFT
+        return STOCK.format(of_task=of_task, arguments=f'"{source}", dtype="float32"') + PEFT
     names = dict(enumerate(task.label_names))
-    arguments = [f'"{source}"', f"num_labels={task.num_labels}", "ignore_mismatched_sizes=True"]
+    arguments = [f'"{source}"', 'dtype="float32"', f"num_labels={task.num_labels}"]
+    arguments.append("ignore_mismatched_sizes=True")
     arguments += [f"id2label={names}"] * bool(names)
     if pad_token_id is not None:
         arguments.append(f"pad_token_id={pad_token_id}")  # a decoder's own may be none

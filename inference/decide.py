@@ -6,8 +6,10 @@ RUN/decision.json, where `export` and `predict` look; the rest of the run stays 
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,7 @@ from tqdm.auto import tqdm
 
 from bayes_lora.costs import FULL_BITS, bit_operations, totals
 from bayes_lora.errors import InputError
-from bayes_lora.inference.allocation import Cost, allocate, layer_bops, layer_bytes
-from bayes_lora.inference.bundle import read_bundle
+from bayes_lora.inference.allocation import Cost, allocate, layer_bops, layer_bytes, least_cost
 from bayes_lora.inference.cli import Parser, report_errors
 from bayes_lora.inference.decision import MORE_PROBABLE_SIDE, describe, write_decision
 from bayes_lora.inference.metrics import evaluate_predictions
@@ -32,30 +33,47 @@ from bayes_lora.models.priors import GibbsGates
 JUDGED = ("score", "nll", "ece", "perplexity")
 """Metrics by which a decision or an export is judged, where a task has them."""
 
+ROUNDING = 1e-6
+"""What a decision is said to cost, a sum in single precision, is enough for it as a budget."""
+
 
 def within_bops(run: Trained, share: float) -> tuple[Gates, float]:
     """Decision of little expected loss within a share of the bit operations at 32 x 32 bits."""
     network = run.model.network
     rest = network.frozen_macs * FULL_BITS**2
-    budget = share * (float(bit_operations(network).double().sum()) + rest) - rest
-    return _within(run, layer_bops, budget, "relative_bops_32", share)
+    whole = float(bit_operations(network).double().sum()) + rest
+    budget = share * (1 + ROUNDING) * whole - rest
+    return _within(run, layer_bops, budget, lambda cost: (cost + rest) / whole)
 
 
 def within_bytes(run: Trained, size: float) -> tuple[Gates, float]:
     """Decision of little expected loss whose adapters, A, e and B, take so many bytes at most."""
-    return _within(run, layer_bytes, size, "adapter_bytes", size)
+    return _within(run, layer_bytes, size * (1 + ROUNDING), lambda cost: cost)
 
 
 def _within(
-    run: Trained, cost: Cost, budget: float, total: str, wanted: float
+    run: Trained, cost: Cost, budget: float, in_its_unit: Callable[[float], float]
 ) -> tuple[Gates, float]:
-    decided = run.guide.decision()
-    least = totals(run.model.network, *decided.map(torch.zeros_like))[total]
-    if wanted < least:
+    network, decided = run.model.network, run.guide.decision()
+    least = least_cost(network, decided, cost)
+    if budget < least:
         raise InputError(
-            f"a budget of {wanted:g} cannot be met: with every gate closed {least:.4g} are left"
+            f"a budget of {in_its_unit(budget):g} cannot be met: with every gate closed "
+            f"{rounded_up(in_its_unit(least))} are left"
         )
-    return allocate(run.model.network, decided, evidence(run), cost, budget)
+    return allocate(network, decided, evidence(run), cost, budget)
+
+
+def rounded_up(number: float) -> str:
+    """Four digits that are no less than the number.
+
+    Examples
+    --------
+    >>> rounded_up(0.0123412), rounded_up(1234512.0)
+    ('0.01235', '1.235e+06')
+    """
+    unit = 10.0 ** (math.floor(math.log10(number)) - 3) if number > 0 else 1.0
+    return f"{math.ceil(number / unit - ROUNDING) * unit:.4g}"
 
 
 def evidence(run: Trained) -> Gates:
@@ -64,15 +82,25 @@ def evidence(run: Trained) -> Gates:
     Raises
     ------
     InputError
-        If the price that the run ended with cannot be read, or the posterior is worthless.
+        If the price that the run ended with cannot be read, or its priors are not those of the
+        page, or its posterior is not finite.
     """
     gates = run.model.priors.gates
+    known = gates.logits(run.model.network, run.model.bit_gates)
+    for now, then in zip(
+        known, (run.model.rank_prior_logits, run.model.bit_prior_logits), strict=True
+    ):
+        if not torch.allclose(now.to(then), then):
+            raise InputError(
+                f"{run.folder} was trained with other priors than those of models/priors.py, so "
+                "nobody knows what its gates are worth: --min_probability needs no priors"
+            )
     if isinstance(gates, GibbsGates):  # a budget has moved its price
-        path = run.folder / "posterior.nc"
+        path = run.folder / "metrics.json"
         try:
-            gates.price = float(read_bundle(path)["sample_stats"]["price"][0, -1])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"cannot read {path} ({error})") from error
+            gates.price = float(json.loads(path.read_text(encoding="utf-8"))["price"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read the price in {path} ({error})") from error
     found = worth(run.model, run.guide, refined=run.config.posterior.refine_epochs > 0)
     if not all(torch.isfinite(gain).all() for gain in found if gain is not None):
         raise InputError(f"the posterior of {run.folder} leaves gates without a finite worth")

@@ -6,7 +6,8 @@
     packed    the network as decided, every quantized tensor in its own bits (`packed.py`)
 
 Each comes with its tokenizer or image processor, a model card, and bayes_lora.json, by which
-`bayes_lora.load` knows it. In regression the head's output is in units of the labels.
+`bayes_lora.load` knows it. In regression the head's output is in units of the labels, if the head
+has a bias, as those of encoders have and those of decoders have not.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ from bayes_lora.next_tokens import IGNORED
 def decided_model(run: Trained) -> PreTrainedModel:
     """The network at the decision, as a transformers model; the run is used up.
 
-    Classes have their names. In regression the output is in units of the labels.
+    Classes have their names.
     """
-    likelihood = run.model.likelihood
     model = cast(
         PreTrainedModel,
         decide_network(run.model.network, run.guide.loc, *run.gates),
@@ -56,10 +56,23 @@ def decided_model(run: Trained) -> PreTrainedModel:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
         config.problem_type = "single_label_classification"
-    elif isinstance(likelihood, Regression):
+    elif isinstance(run.model.likelihood, Regression):
         config.problem_type = "regression"
-        rescale_head(model, float(likelihood.spread), float(likelihood.center))
     return model
+
+
+def _in_units(model: PreTrainedModel, likelihood: nn.Module, form: str) -> tuple[float, float]:
+    """Have the head of a regression give the units of the labels, or say what is left to do."""
+    if not isinstance(likelihood, Regression):
+        return 1.0, 0.0
+    units = float(likelihood.spread), float(likelihood.center)
+    try:
+        rescale_head(model, *units)
+    except InputError as error:
+        if form != "packed":
+            raise InputError(f"{error}: choose packed") from error
+        return units
+    return 1.0, 0.0
 
 
 def _peft(model: PreTrainedModel, manifest: Manifest, folder: Path) -> nn.Module:
@@ -118,6 +131,7 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
     likelihood = run.model.likelihood
     by = decided_by(run.folder / "decision.json")
     model = decided_model(run).eval()
+    units = _in_units(model, likelihood, form)
     manifest = Manifest(
         form,
         absolute(run.config.network.backbone or DEMO),
@@ -126,6 +140,7 @@ def export(run: Trained, form: str, folder: Path, with_base: bool = False) -> di
         (likelihood.spread * likelihood.log_noise.exp()).item()
         if isinstance(likelihood, Regression)
         else None,
+        units,
         with_base or form == "merged",
         layout(decided_layers(model)),
     )

@@ -276,7 +276,7 @@ def _network(folder: Path, manifest: Manifest) -> nn.Module:
     if manifest.form == "packed":
         if manifest.with_base:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = of_task.from_config(config, trust_remote_code=False)
+            model = of_task.from_config(config, dtype=torch.float32, trust_remote_code=False)
         else:
             model = _stock(folder, manifest)
         state = load_file(folder / "packed.safetensors")

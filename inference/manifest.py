@@ -38,6 +38,9 @@ class Manifest(NamedTuple):
         Tokens of an example at most.
     noise : float or None
         Standard deviation of a regression's label, in its units.
+    units : tuple of two floats
+        Factor and shift from the network's output to the units of a regression's label, where the
+        head could not take them in; else 1 and 0.
     with_base : bool
         Whether the frozen weights are in the export.
     layers : dict
@@ -49,6 +52,7 @@ class Manifest(NamedTuple):
     task: Task
     max_length: int
     noise: float | None
+    units: tuple[float, float]
     with_base: bool
     layers: dict[str, dict[str, Any]]
 
@@ -58,7 +62,8 @@ class Manifest(NamedTuple):
             return NextTokens(logits.float(), self.task.ahead)
         if self.noise is None:
             return Categorical(logits=logits.float())
-        return Normal(logits.float().squeeze(-1), self.noise)
+        factor, shift = self.units
+        return Normal(factor * logits.float().squeeze(-1) + shift, self.noise)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -5,7 +5,8 @@ packed.safetensors holds few, long tensors, so that its header is short:
     codes      uint8     of every layer, one after the other: [weight,] A, e, B, as `packing.pack`
                          stores them; a tensor of 32 bits as its float32 bytes
     limits     float32   the ranges of these grids, and of input and hidden
-    module...  float32   by its path, whatever else is needed: the head, with the base all of it
+    module...  float32   by its path, whatever else is needed: the head, with the base all of it,
+                         also the statistics of its normalisations
 
 Shapes, ranks and bits are in bayes_lora.json (`layers`), which says where each tensor begins. The
 frozen weight is left out unless the base is packed too: from the backbone's own its grid follows,
@@ -71,12 +72,15 @@ def write_packed(
                 codes.append(_codes(layer.tensors[tensor], grid))
             if grid.bits != UNQUANTIZED:
                 limits.append(grid.limit.flatten().float())
-    inside = tuple(f"{place}.base.weight" for place in layers)
-    rest = {
+    weights = {f"{place}.base.weight" for place in layers}
+    rest: dict[str, Tensor] = {
         name.replace(".base.bias", ".bias"): p
         for name, p in model.named_parameters()
-        if name not in inside and (with_base or p.requires_grad)
+        if name not in weights and (with_base or p.requires_grad)
     }
+    if with_base:
+        inside = tuple(f"{place}." for place in layers)
+        rest |= {n: b for n, b in _kept_buffers(model).items() if not n.startswith(inside)}
     found = {"codes": torch.cat(codes), "limits": torch.cat([*limits, torch.empty(0)])}
     write_tensors(path, found | {f"module.{name}": p for name, p in rest.items()})
 
@@ -116,12 +120,18 @@ def read_packed(
 
     Raises
     ------
-    AttributeError, KeyError, RuntimeError
+    KeyError, RuntimeError
         If these do not belong together.
     """
-    for name, stored in state.items():
-        if name.startswith("module."):
-            model.get_parameter(name.removeprefix("module.")).copy_(stored)
+    mine = {n.removeprefix("module."): t for n, t in state.items() if n.startswith("module.")}
+    known = dict(model.named_parameters()) | _kept_buffers(model)
+    packed = {f"{path}.weight" for path in sizes}
+    if with_base and (lost := known.keys() - packed - mine.keys()):
+        raise KeyError(min(lost))
+    for name, stored in mine.items():
+        if known[name].shape != stored.shape:
+            raise RuntimeError(f"{name} has another shape")
+        known[name].copy_(stored)
     codes, limits = _Parts(state["codes"]), _Parts(state["limits"])
     for path, size in sizes.items():
         base = cast(LinearLayer, model.get_submodule(path))
@@ -157,6 +167,12 @@ def read_packed(
     if len(codes.rest) or len(limits.rest):
         raise RuntimeError("there are more codes, or limits, than bayes_lora.json tells of")
     return model
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has besides parameters, as the statistics of a normalisation."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 class _Parts:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,6 +147,13 @@ def start_from_peft(folder: Path, model: BayesianLoRA, guide: GateGuide) -> tupl
         adapter that was saved without. They are drawn at random.
     """
     guide.loc.data, unknown = read_peft(folder, model.network, guide.loc.detach())
+    base = _read(folder)[0].get("base_model_name_or_path")
+    mine = str(cast(PreTrainedModel, model.network.backbone).config.name_or_path)
+    if base and Path(base).name != Path(mine).name:
+        other = (
+            f"{folder} was trained on {base}, this is {mine}: it goes with the same weights only"
+        )
+        warnings.warn(other, stacklevel=2)
     likelihood = model.likelihood
     if isinstance(likelihood, Regression):  # theirs is in units of the labels
         center, spread = float(likelihood.center), float(likelihood.spread)
@@ -197,8 +205,8 @@ def read_peft(
         rank = len(lora_A)
         if path not in places:
             raise InputError(
-                f"{folder} adapts {path}, which --target_modules leaves out, or which has another "
-                "name in this backbone"
+                f"{folder} adapts {path}: --target_modules leaves it out, or it is outside the "
+                "repeated blocks, as a pooler, where there are no gates, or has another name here"
             )
         if rank > network.rank:
             raise InputError(f"{folder} has rank {rank} at {path}: give --rank {rank}")

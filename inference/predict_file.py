@@ -155,11 +155,14 @@ def predict_file(
 def _finished(out: TextIO, header: bool) -> int:
     """Whole chunks that an earlier command left; what comes after them is cut off."""
     out.seek(0)
-    count, place, end = -int(header), 0, 0
-    while out.readline().endswith("\n"):
-        count, place = count + 1, out.tell()
+    count, quotes, end = -int(header), 0, 0
+    while (line := out.readline()).endswith(("\n", "\r")):
+        quotes += line.count('"')
+        if header and quotes % 2:  # a field of a csv file goes on in the next line
+            continue
+        count += 1
         if count % CHUNK == 0:
-            end = place
+            end = out.tell()
     out.seek(end)
     out.truncate()
     return max(0, count) // CHUNK * CHUNK

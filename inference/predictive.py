@@ -124,11 +124,10 @@ class NormalPredictions(NamedTuple):
 
     def described(self, label_names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Mean and variance of S draws: that of the noise, and that of the draws' means."""
-        mean, deviation = self.averaged()
-        noise = (self.deviation**2).mean(0)
+        noise, between = (self.deviation**2).mean(0), self.mean.var(0)
         return {
-            "label": mean, "variance": deviation**2, "variance_data": noise,
-            "variance_posterior": (deviation**2 - noise).clip(0),
+            "label": self.mean.mean(0), "variance": noise + between, "variance_data": noise,
+            "variance_posterior": between,
         }  # fmt: skip
 
 

@@ -121,9 +121,14 @@ def validation(run: Trained) -> Validation:
     Raises
     ------
     InputError
-        If the data are no longer there.
+        If the data are no longer there, or have other classes.
     """
-    _, _, examples = load_task(run.config.data, data_seed(run.config.training))
+    task, _, examples = load_task(run.config.data, data_seed(run.config.training))
+    if task.label_names != run.task.label_names:
+        raise InputError(
+            f"the classes of the data are {', '.join(task.label_names)} now, those of {run.folder} "
+            f"{', '.join(run.task.label_names)}"
+        )
     encoded = encode_dataset(examples, run.task, run.processor, run.config.data.max_length)
     collate = collator(run.task, run.processor, run.model.network.backbone)
     return Validation(evaluation_batches(encoded, collate), labels_of(encoded))

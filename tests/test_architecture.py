@@ -24,7 +24,7 @@ FORBIDDEN = {
 FRONT_DOOR = {"bayes_lora/__init__.py": ["bayes_lora.inference.loading.load"] * 2}
 # Inside bayes_lora, a module imports from its own level and the ones before.
 LEVELS = [
-    ["errors", "row_sample"],
+    ["calibration", "errors", "row_sample"],
     [
         *("distributions", "gated_normal", "gates", "next_tokens", "point_mass"),
         *("quantization", "targets"),

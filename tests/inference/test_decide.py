@@ -97,6 +97,50 @@ def test_tighter_budgets_use_less_and_the_last_one_is_refused(run, capsys):
     assert read_run(folder).gates.rank_gate.equal(start.gates.rank_gate)
 
 
+@pytest.mark.parametrize("kind", ["max_bops", "max_bytes"])
+def test_what_a_decision_is_said_to_cost_is_a_budget_for_it(run, capsys, kind):
+    folder = run()
+    name = {"max_bops": "relative_bops_32", "max_bytes": "adapter_bytes"}[kind]
+    found = read_run(folder)
+    own = totals(found.model.network, *found.guide.decision())[name]
+    assert main(["decide", str(folder), f"--{kind}", repr(own)]) == 0
+    capsys.readouterr()
+    assert read_run(folder).gates.rank_gate.equal(found.gates.rank_gate)
+    assert read_run(folder).gates.bit_gate.equal(found.gates.bit_gate)
+    if kind == "max_bops":  # of bytes nothing is left with every gate closed
+        assert main(["decide", str(folder), f"--{kind}", "1e-6"]) == 2
+        least = capsys.readouterr().err.rsplit(" are left", 1)[0].rsplit(" ", 1)[1]
+        assert main(["decide", str(folder), f"--{kind}", least]) == 0
+        closed = totals(found.model.network, *read_run(folder).gates)[name]
+        assert closed <= float(least) < 1.002 * closed
+
+
+def test_priors_that_are_not_those_of_the_page_have_no_budget(run, capsys):
+    folder = run()
+    path = folder / "head.safetensors"
+    state = load_file(path)
+    state["rank_prior_logits"] -= 1.0
+    save_file(state, path)
+    assert main(["decide", str(folder), "--max_bops", "0.03"]) == 2
+    assert "was trained with other priors" in capsys.readouterr().err
+    assert main(["decide", str(folder), "--min_probability", "0.8"]) == 0
+
+
+def test_data_with_other_classes_are_not_judged_by(run, inputs, tmp_path, capsys):
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").open()]
+    for row in rows:
+        row["label"] = ("bad", "good")[row["label"]]
+    file = tmp_path / "named.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = run(train_file=file, validation_file=file)
+    with file.open("a") as more:
+        more.write(json.dumps(rows[0] | {"label": "awful"}) + "\n")
+    assert main(["decide", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "the classes of the data are awful, bad, good now" in printed.err
+    assert "score" not in printed.out
+
+
 def test_a_budget_of_bytes_and_a_probability(run, capsys):
     folder = run()
     found = read_run(folder)

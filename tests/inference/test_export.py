@@ -1,6 +1,8 @@
 """Exports on tiny models, read back by stock PEFT, by stock transformers, and by `load`."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import bayes_lora
+from bayes_lora.factors import quantize_factors
+from bayes_lora.flat_weights import split_weights
 from bayes_lora.inference.backbone import DEMO
 from bayes_lora.inference.cli import main
 from bayes_lora.inference.decide import judge
@@ -68,6 +72,70 @@ def test_merged_is_a_transformers_folder(decided_run, tmp_path, inputs, tensors)
         assert 1e-5 < change <= report["largest_logit_change"] + 1e-6
     assert model.config.id2label == {0: "0", 1: "1"}
     assert len(AutoTokenizer.from_pretrained(tmp_path / "m")) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_backbone_in_half_precision_is_exported_in_full(
+    decided_run, inputs, tmp_path, backbone, dtype, capsys
+):
+    """And what holds all of it needs neither the run nor the backbone."""
+    half = tmp_path / "half"
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    backbone(vocab_size=len(tokenizer)).to(dtype).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    folder = decided_run(backbone=half, quantized_tensors="A e B")
+    wanted, batch = logits(read_run(folder))
+    for form, more in (("packed", ["--with_base"]), ("merged", []), ("peft", [])):
+        to = tmp_path / form
+        assert main(["export", str(folder), "--format", form, "--to", str(to), *more]) == 0
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "peft" / "README.md").read_text(), re.S
+    )
+    place = {"FOLDER": tmp_path / "peft", "BACKBONE": half}
+    for word, path in place.items():
+        code = code.replace(f'"{word}"', f'"{path}"')
+    exec(code, names := {})
+    with torch.no_grad():
+        found = names["model"].eval()(**batch).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    for gone in (half, folder):
+        shutil.rmtree(gone)
+    for form in ("packed", "merged"):
+        again = bayes_lora.load(tmp_path / form)
+        with torch.no_grad():
+            found = again.decided(batch).logits
+        torch.testing.assert_close(found, wanted.log_softmax(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["merged", "packed"])
+def test_deberta_is_exported_as_decided(decided_run, tmp_path, form):
+    folder = decided_run("deberta", quantized_tensors="weight A e B")
+    to = tmp_path / form
+    assert main(["export", str(folder), "--format", form, "--to", str(to)]) == 0
+    wanted, batch = logits(read_run(folder))
+    with torch.no_grad():
+        found = bayes_lora.load(to).decided(batch).logits
+    torch.testing.assert_close(found, wanted.log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_peft_has_the_decided_adapters_on_a_base_in_full_precision(decided_run, tmp_path):
+    """Of a run that quantizes everything: logits are ours with base and activations unquantized."""
+    folder = decided_run()
+    assert main(["export", str(folder), "--format", "peft", "--to", str(tmp_path / "peft")]) == 0
+    run = read_run(folder)
+    _, batch = logits(run)
+    network = run.model.network
+    bits = run.gates.bit_gate
+    factors = split_weights(run.guide.loc.detach(), network.specs, network.rank)
+    mixtures = network._mixtures(bits, every_level=False)
+    on_grids = quantize_factors(factors, mixtures, network.bits)
+    weights = torch.cat([value.flatten() for factor in on_grids for value in factor])
+    with torch.no_grad():
+        wanted = network(batch, Latents(weights, run.gates.rank_gate))
+    stock = AutoModelForSequenceClassification.from_pretrained(run.config.network.backbone)
+    adapted = PeftModel.from_pretrained(stock, tmp_path / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batch).logits, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("with_base", [False, True])

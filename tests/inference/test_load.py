@@ -124,6 +124,22 @@ def test_a_hub_that_refuses_is_one_line(decided_run, monkeypatch):
         bayes_lora.load(decided_run()).push_to_hub("me/tiny")
 
 
+def test_a_regression_on_a_decoder_can_be_packed(decided_run, inputs, tmp_path, capsys):
+    """Its head has no bias to take in where the labels lie."""
+    files = {f"{split}_file": inputs / f"{split}_scores.jsonl" for split in ("train", "validation")}
+    folder = decided_run("gpt2", **files, method="r")
+    words = ["export", str(folder), "--to", str(tmp_path / "to"), "--format"]
+    assert main([*words, "merged"]) == 2
+    assert (
+        "a bias, for the units of the labels to go into: choose packed" in capsys.readouterr().err
+    )
+    assert main([*words, "packed"]) == 0
+    wanted = bayes_lora.load(folder).predict(TEXTS)
+    found = bayes_lora.load(tmp_path / "to").predict(TEXTS)
+    np.testing.assert_allclose(found["label"], wanted["label"], atol=1e-5)
+    np.testing.assert_allclose(found["variance"], wanted["variance"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["peft", "merged", "packed"])
 def test_a_regression_is_exported_in_units_of_its_labels(decided_run, inputs, tmp_path, form):
     files = {f"{split}_file": inputs / f"{split}_scores.jsonl" for split in ("train", "validation")}

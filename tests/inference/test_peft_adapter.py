@@ -103,6 +103,15 @@ def test_a_run_starts_there_without_a_warm_up(adapter, command, read_history, tm
     assert len(read_run(tmp_path / "run").guide.loc)
 
 
+def test_an_adapter_of_another_backbone_is_told(adapter, command):
+    folder, _ = adapter()
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": "bert-base-cased"}
+    path.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"was trained on bert-base-cased, this is .*/model"):
+        assert command(init_adapter=folder)[0] == 0
+
+
 def test_an_adapter_without_its_head_is_warmed_up(adapter, command, read_history, tmp_path):
     folder, _ = adapter()
     file = folder / "adapter_model.safetensors"
@@ -117,7 +126,12 @@ def test_an_adapter_without_its_head_is_warmed_up(adapter, command, read_history
     ("options", "changes", "said"),
     [
         ({"r": 4}, {}, "give --rank 4"),
-        ({}, {"target_modules": ".*query"}, "--target_modules leaves out"),
+        ({}, {"target_modules": ".*query"}, "--target_modules leaves it out"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": None},
+            {},
+            "adapts bert.pooler.dense: .* outside the repeated",
+        ),
         ({"use_dora": True}, {}, "has use_dora"),
         ({"bias": "all"}, {}, "trained biases"),
         ({"init_lora_weights": "olora"}, {}, "changes the backbone's weights"),

@@ -200,6 +200,22 @@ def test_an_interrupted_file_is_gone_on_with(predict, tmp_path, monkeypatch, suf
     assert len(calls) == (4 if torn else 3)
 
 
+def test_rows_of_several_lines_are_counted_as_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_file, "CHUNK", 2)
+    path = tmp_path / "out.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["line", "label"])
+        writer.writerows([number, f'one\nli"ne\r {number}'] for number in range(5))
+    whole = path.read_text()
+    with path.open("a+", encoding="utf-8", newline="") as out:
+        out.write('5,"torn\n')
+        assert predict_file._finished(out, header=True) == 4
+    with path.open(newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["line", "0", "1", "2", "3"]
+    assert whole.startswith(path.read_text())
+
+
 def test_memory_is_that_of_a_chunk(run, tmp_path, monkeypatch):
     """However long the file is, no more rows are read than one chunk before they are written."""
     monkeypatch.setattr(predict_file, "CHUNK", 6)

@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -178,3 +179,20 @@ def test_a_folder_of_pairs_has_source_and_target(tmp_path):
     assert task.given_columns == ("source", "target")
     assert train[0] == {"source": "a b", "target": "b a"}
     assert np.array_equal(train.column_names, ["source", "target"])
+
+
+@pytest.mark.slow
+def test_methods_are_compared_on_pairs(
+    pairs, pretrained, small_run, tmp_path, few_draws, cells_here
+):
+    methods = ["full", "bitfit", "lora", "adalora", "lora_8bit", "qr"]
+    small = small_run | {"rank": 2, "draws": 2, "epochs": 2} | pairs
+    small["backbone"] = pretrained("bart")
+    del small["task"]
+    words = [w for n, value in small.items() if value is not None for w in (f"--{n}", str(value))]
+    words += ["--tasks", "seq2seq_lm", "--seeds", "0", "--learning_rates", "1e-3"]
+    out = tmp_path / "out"
+    assert main(["compare", *words, "--methods", *methods, "--output_dir", str(out)]) == 0
+    cells = pd.read_csv(out / "comparison.csv").set_index("method")
+    assert set(cells.index) == set(methods)
+    assert (cells["nll"] > 0).all()

@@ -39,12 +39,14 @@ def optimum(objective, *shapes):
 @pytest.mark.parametrize("structure", [nested, independent])
 @pytest.mark.parametrize("refined", [False, True])
 @pytest.mark.parametrize("price", [0.0, 40.0])
-def test_worth_is_what_the_log_likelihood_gains(backbone, structure, refined, price):
+@pytest.mark.parametrize("normal", [False, True])
+def test_worth_is_what_the_log_likelihood_gains(backbone, structure, refined, price, normal):
     """A log likelihood linear in components and levels; some are worth nothing."""
     network = AdaptedNetwork(backbone(num_hidden_layers=1), rank=3, structure=structure)
-    priors = Priors(gates=GibbsGates(price=price, rank_logits=-0.6, bit_logits=0.4))
+    gates = GibbsGates(price=price, rank_logits=-0.6, bit_logits=0.4)
+    priors = Priors(gates=gates, adapter_weight_temperature=0.01)
     model = BayesianLoRA(network, Classification(), priors, num_examples=10)
-    guide = GateGuide(model, network.initial_adapter_weights())
+    guide = GateGuide(model, network.initial_adapter_weights(), normal_weights=normal)
     generator = torch.Generator().manual_seed(4)
     known = [5 * torch.rand(shape, generator=generator).double() - 0.5
              for shape in (network.rank_gate_shape, network.bit_gate_shape)]  # fmt: skip
@@ -58,10 +60,14 @@ def test_worth_is_what_the_log_likelihood_gains(backbone, structure, refined, pr
         for a, prior, delta, order in zip(logits, prior_logits, known, orders, strict=True):
             if refined:
                 kl, m = divergence(GateSet(a, prior, order))[0], a.sigmoid()
+                opened = m
             else:
                 gate = HardConcrete(TEMPERATURE, logits=a)
                 kl = kl_divergence(gate, HardConcrete(TEMPERATURE, logits=prior)).sum()
-                m = gate.mean
+                m, opened = gate.mean, 1 - gate.probability_closed
+            if normal and not means:  # behind open rank gates
+                used = guide.adapter_weights(order(opened))
+                total = total - 0.01 * kl_divergence(used, priors.adapter_weights(network))
             means.append(m)
             total = total + (delta * order(m)).sum() - kl
         return total + priors.gates.log_factor(network, *means)
