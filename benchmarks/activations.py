@@ -133,19 +133,20 @@ def forward(
         if network.backbone.get_output_embeddings() is not None:
             likelihood, labels = LanguageModel(), ids
     value, both = VALUES[setting.gates], (network.rank_gate_shape, network.bit_gate_shape)
-    own = () if value is None else (torch.full(s, value, requires_grad=value < 1) for s in both)
-    lent = network.unpack(Latents(weights, *own))  # real gates: which levels count is asked of them
+    own = [] if value is None else [torch.full(s, value, requires_grad=value < 1) for s in both]
+    # of real gates, as they are asked which levels count
+    mixtures = network._mixtures(own[1], every_level=False) if own else []
     given = [*network.parameters(), *network.buffers(), weights, ids, labels]
     with (
         mode,
-        mock.patch.object(network, "unpack", return_value=lent),
+        mock.patch.object(network, "_mixtures", return_value=mixtures),
         # nothing may depend on the values of a fake one: ranges are set, and no texts are packed
-        mock.patch.object(AdaptedLinear, "calibrated", True),
+        mock.patch.object(AdaptedLinear, "_on_host", return_value=(1.0,) * len(network.bits)),
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
         torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16),
         saved_storages(given) as found,
     ):
-        output = network({"input_ids": ids}, Latents(weights))
+        output = network({"input_ids": ids}, Latents(weights, *own))
         log_likelihood = likelihood(output).log_prob(labels).sum()
     return log_likelihood, sum(storage.nbytes() for storage in found)
 
