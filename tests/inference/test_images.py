@@ -4,7 +4,6 @@ import csv
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
@@ -274,15 +273,8 @@ def test_a_run_on_images_goes_on_from_its_checkpoint(command, options, tmp_path,
 
 
 @pytest.mark.slow
-def test_methods_are_compared_on_images(options, small_run, tmp_path, few_draws, cells_here):
+def test_methods_are_compared_on_images(options, compared):
     methods = ["full", "bitfit", "lora", "adalora", "lora_8bit", "qr"]
-    small = small_run | {"rank": 2, "batch_size": 10, "draws": 2, "epochs": 2} | options
-    del small["task"]
-    words = [w for n, value in small.items() if value is not None for w in (f"--{n}", str(value))]
-    words += ["--tasks", "image_classification", "--seeds", "0", "--learning_rates", "1e-3"]
-    out = tmp_path / "out"
-    assert main(["compare", *words, "--methods", *methods, "--output_dir", str(out)]) == 0
-    cells = pd.read_csv(out / "comparison.csv").set_index("method")
-    assert set(cells.index) == set(methods)
+    cells = compared("image_classification", methods, **options | {"batch_size": 10})
     assert cells["score"].between(0, 1).all()
     assert cells["relative_bops_32"]["lora_8bit"] == pytest.approx(1 / 16, rel=0.05)

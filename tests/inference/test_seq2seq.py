@@ -5,7 +5,6 @@ import json
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -182,17 +181,7 @@ def test_a_folder_of_pairs_has_source_and_target(tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_are_compared_on_pairs(
-    pairs, pretrained, small_run, tmp_path, few_draws, cells_here
-):
+def test_methods_are_compared_on_pairs(pairs, pretrained, compared):
     methods = ["full", "bitfit", "lora", "adalora", "lora_8bit", "qr"]
-    small = small_run | {"rank": 2, "draws": 2, "epochs": 2} | pairs
-    small["backbone"] = pretrained("bart")
-    del small["task"]
-    words = [w for n, value in small.items() if value is not None for w in (f"--{n}", str(value))]
-    words += ["--tasks", "seq2seq_lm", "--seeds", "0", "--learning_rates", "1e-3"]
-    out = tmp_path / "out"
-    assert main(["compare", *words, "--methods", *methods, "--output_dir", str(out)]) == 0
-    cells = pd.read_csv(out / "comparison.csv").set_index("method")
-    assert set(cells.index) == set(methods)
+    cells = compared("seq2seq_lm", methods, **pairs | {"backbone": pretrained("bart")})
     assert (cells["nll"] > 0).all()
