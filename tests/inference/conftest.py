@@ -224,12 +224,12 @@ def cells_here(monkeypatch):
 def compared(small_run, tmp_path, few_draws, cells_here):
     """Compare methods by changes to a small run, with one seed and rate; gives rows by method."""
 
-    def run(task, methods, **changes):
+    def run(name, methods, **changes):
         options = small_run | {"rank": 2, "draws": 2, "epochs": 2} | changes | {"task": None}
-        given = [(name, value) for name, value in options.items() if value is not None]
-        words = [word for name, value in given for word in (f"--{name}", str(value))]
+        given = [(key, value) for key, value in options.items() if value is not None]
+        words = [word for key, value in given for word in (f"--{key}", str(value))]
         words += ["--seeds", "0", "--learning_rates", "1e-3", "--output_dir", str(tmp_path / "out")]
-        assert main(["compare", *words, "--tasks", task, "--methods", *methods]) == 0
+        assert main(["compare", *words, "--tasks", name, "--methods", *methods]) == 0
         rows = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
         assert set(rows.index) == set(methods)
         return rows
