@@ -189,5 +189,5 @@ def expected_bits(gates: Tensor) -> Tensor:
     tensor(6.)
     """
     weights = level_weights(gates)
-    # a sum, as autocast would have a matrix product in 16 bits
+    # `level_bits`, made on the device; a sum, as autocast would have a matrix product in 16 bits
     return (weights * 2 ** torch.arange(1, weights.shape[-1] + 1, device=gates.device)).sum(-1)

@@ -206,8 +206,9 @@ class AdaptedNetwork(nn.Module):
         _check_shape("rank_gate", latents.rank_gate, self.rank_gate_shape)
         _check_shape("bit_gate", latents.bit_gate, self.bit_gate_shape)
         factors = split_weights(latents.adapter_weights, self.specs, self.rank)
-        gate, ungated = latents.rank_gate, [None] * len(factors)
-        weights = ungated if gate is None else self.structure(gate).unbind()
+        weights: Sequence[Tensor | None] = [None] * len(factors)
+        if latents.rank_gate is not None:
+            weights = self.structure(latents.rank_gate).unbind()
         mixtures: list[dict[str, Mixture]] = [{} for _ in factors]
         if latents.bit_gate is not None:
             mixtures = self._mixtures(latents.bit_gate, latents.every_level)

@@ -147,13 +147,6 @@ def start_from_peft(folder: Path, model: BayesianLoRA, guide: GateGuide) -> tupl
         adapter that was saved without. They are drawn at random.
     """
     guide.loc.data, unknown = read_peft(folder, model.network, guide.loc.detach())
-    base = _read(folder)[0].get("base_model_name_or_path")
-    mine = str(cast(PreTrainedModel, model.network.backbone).config.name_or_path)
-    if base and Path(base).name != Path(mine).name:
-        other = (
-            f"{folder} was trained on {base}, this is {mine}: it goes with the same weights only"
-        )
-        warnings.warn(other, stacklevel=2)
     likelihood = model.likelihood
     if isinstance(likelihood, Regression):  # theirs is in units of the labels
         center, spread = float(likelihood.center), float(likelihood.spread)
@@ -188,6 +181,11 @@ def read_peft(
         If the folder holds no LoRA adapter, or one that this network cannot start from.
     """
     config, state = _read(folder)
+    base = config.get("base_model_name_or_path")
+    mine = str(cast(PreTrainedModel, network.backbone).config.name_or_path)
+    if base and Path(base).name != Path(mine).name:
+        other = f"{folder} was trained on {base}, this is {mine}"
+        warnings.warn(f"{other}: it goes with the same weights only", stacklevel=3)
     weights = initial.clone()
     parts = split_weights(weights, network.specs, network.rank)
     places = {spec.path: part for spec, part in zip(network.specs, parts, strict=True)}

@@ -4,7 +4,6 @@ import csv
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -221,18 +220,15 @@ def cells_here(monkeypatch):
 
 
 @pytest.fixture
-def compared(small_run, tmp_path, few_draws, cells_here):
-    """Compare methods by changes to a small run, with one seed and rate; gives rows by method."""
+def run_compare(small_run, tmp_path, capsys, few_draws, cells_here):
+    """Run `bayes-lora compare`, the cells in this process; returns exit code and outputs."""
 
-    def run(name, methods, **changes):
-        options = small_run | {"rank": 2, "draws": 2, "epochs": 2} | changes | {"task": None}
-        given = [(key, value) for key, value in options.items() if value is not None]
-        words = [word for key, value in given for word in (f"--{key}", str(value))]
-        words += ["--seeds", "0", "--learning_rates", "1e-3", "--output_dir", str(tmp_path / "out")]
-        assert main(["compare", *words, "--tasks", name, "--methods", *methods]) == 0
-        rows = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
-        assert set(rows.index) == set(methods)
-        return rows
+    def run(*words, **changes):
+        options = small_run | {"rank": 3, "batch_size": 20, "draws": 2, "epochs": 2} | changes
+        given = ((name, value) for name, value in options.items() if value is not None)
+        words = [*words, *(word for name, value in given for word in (f"--{name}", str(value)))]
+        code = main(["compare", *words, "--output_dir", str(tmp_path / "out")])
+        return code, *capsys.readouterr()
 
     return run
 
@@ -240,12 +236,7 @@ def compared(small_run, tmp_path, few_draws, cells_here):
 @pytest.fixture
 def read_history():
     """Read the history that a run left, one dict a step."""
-
-    def read_history(path):
-        with (path / "history.csv").open() as file:
-            return list(csv.DictReader(file))
-
-    return read_history
+    return lambda path: list(csv.DictReader((path / "history.csv").read_text().splitlines()))
 
 
 @pytest.fixture

@@ -11,22 +11,7 @@ from scipy import stats
 
 from bayes_lora.errors import NumericalError
 from bayes_lora.inference import cells, compare
-from bayes_lora.inference.cli import main
 from bayes_lora.inference.comparison import Cell, collect, markdown, plot_comparison, table
-
-
-@pytest.fixture
-def run_compare(small_run, tmp_path, capsys, few_draws, cells_here):
-    """Run `bayes-lora compare`, the cells in this process; returns exit code and outputs."""
-
-    def run(*words, **changes):
-        options = small_run | {"rank": 3, "batch_size": 20, "draws": 2, "epochs": 2} | changes
-        arguments = [f for name, value in options.items() for f in (f"--{name}", str(value))]
-        code = main(["compare", *words, "--output_dir", str(tmp_path / "out"), *arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
@@ -273,8 +274,13 @@ def test_a_run_on_images_goes_on_from_its_checkpoint(command, options, tmp_path,
 
 
 @pytest.mark.slow
-def test_methods_are_compared_on_images(options, compared):
+def test_methods_are_compared_on_images(options, run_compare, tmp_path):
     methods = ["full", "bitfit", "lora", "adalora", "lora_8bit", "qr"]
-    cells = compared("image_classification", methods, **options | {"batch_size": 10})
+    words = ["--tasks", "image_classification", "--seeds", "0", "--learning_rates", "1e-3"]
+    changes = options | {"task": None}
+    code, _, err = run_compare(*words, "--methods", *methods, **changes)
+    assert code == 0, err
+    cells = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
+    assert set(cells.index) == set(methods)
     assert cells["score"].between(0, 1).all()
     assert cells["relative_bops_32"]["lora_8bit"] == pytest.approx(1 / 16, rel=0.05)

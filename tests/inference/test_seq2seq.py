@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -181,7 +182,12 @@ def test_a_folder_of_pairs_has_source_and_target(tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_are_compared_on_pairs(pairs, pretrained, compared):
+def test_methods_are_compared_on_pairs(pairs, pretrained, run_compare, tmp_path):
     methods = ["full", "bitfit", "lora", "adalora", "lora_8bit", "qr"]
-    cells = compared("seq2seq_lm", methods, **pairs | {"backbone": pretrained("bart")})
+    words = ["--tasks", "seq2seq_lm", "--seeds", "0", "--learning_rates", "1e-3"]
+    changes = pairs | {"task": None, "backbone": pretrained("bart")}
+    code, _, err = run_compare(*words, "--methods", *methods, **changes)
+    assert code == 0, err
+    cells = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
+    assert set(cells.index) == set(methods)
     assert (cells["nll"] > 0).all()
